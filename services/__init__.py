@@ -1,0 +1,1 @@
+"""The four services, one package each: `python -m services.<name>`."""

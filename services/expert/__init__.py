@@ -1,0 +1,1 @@
+"""Expert workers: the routed experts' weights behind a queue group."""

@@ -1,0 +1,1 @@
+"""HTTP in, text out: OpenAI's API in front of the bus."""

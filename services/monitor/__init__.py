@@ -1,0 +1,1 @@
+"""Watches everybody's status reports; never on a request's path."""

@@ -1,0 +1,1 @@
+"""The model's dense part, the scheduler, and the dispatch of experts."""

@@ -1,0 +1,401 @@
+"""The connection to NATS: requests with deadlines, streamed replies, and bounded serving. Nothing else touches nats-py.
+
+What nats-py does not do by itself and this module does (all measured, see docs/decisions/): fail requests at once when
+the connection breaks, never buffer stale requests while reconnecting, keep callbacks short, bound every queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import nats
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from shared import subjects
+from shared.errors import HTTP_STATUS, MoeError
+
+log = structlog.get_logger()
+
+REQUEST_ID = "Moe-Request-Id"
+BUDGET_MS = "Moe-Budget-Ms"
+ERROR_TEXT = "Nats-Service-Error"
+ERROR_CODE = "Nats-Service-Error-Code"
+HEADER_ALLOWANCE = 4096  # the server counts headers into max_payload, nats-py's own check does not
+STREAM_QUEUE_CHUNKS = 65536
+CONNECT_SECONDS = 2
+
+Headers = dict[str, str]
+ReplyCallback = Callable[[Msg], None]
+
+
+class NoRespondersError(MoeError):
+    """Nobody listens on the subject; the server says so at once."""
+
+    def __init__(self, subject: str) -> None:
+        super().__init__("router_unavailable", f"no service listens on {subject}")
+        self.subject = subject
+
+
+def raise_for_error(message: Msg) -> None:
+    """Raise what `message` says went wrong, if it is an error reply."""
+    headers = message.headers
+    if not headers:
+        return
+    if headers.get("Status") == "503":
+        raise NoRespondersError(message.subject)
+    code = headers.get(ERROR_CODE)
+    if code:
+        if code not in HTTP_STATUS:
+            code = "internal_error"
+        raise MoeError(code, headers.get(ERROR_TEXT) or "the service gave no reason")
+
+
+def budget_deadline(headers: Headers | None, now: float) -> float | None:
+    """When (on the monotonic clock) work with these headers expires; None if it never does."""
+    value = (headers or {}).get(BUDGET_MS)
+    try:
+        return now + float(value) / 1000 if value else None
+    except ValueError:
+        return None
+
+
+@dataclass
+class Served:
+    """One subscription's work: the callback only enqueues; `workers` tasks take from the bounded queue."""
+
+    subject: str
+    handler: Callable[[Msg], Awaitable[None]]
+    queue: asyncio.Queue[Msg]
+    subscription: Subscription | None = None
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    requests: int = 0
+    errors: int = 0
+    last_error: str = ""
+    processing_seconds: float = 0.0
+    refused: int = 0
+
+    async def stop_taking(self) -> None:
+        """Take no new work, finish what is queued and in flight."""
+        if self.subscription is not None:
+            subscription, self.subscription = self.subscription, None
+            await subscription.drain()
+        await self.queue.join()
+
+
+class Bus:
+    """One NATS connection of one service instance."""
+
+    def __init__(self, client: Client, service: str, instance: str) -> None:
+        self.service = service
+        self.instance = instance
+        self._client = client
+        self._prefix = subjects.inbox_prefix(service, instance)
+        self._tokens = itertools.count(1)
+        self._waiting: dict[str, ReplyCallback] = {}
+        self._lost: dict[str, Callable[[MoeError], None]] = {}
+        self.served: list[Served] = []
+        self._watching: list[Subscription] = []
+        self.dropped = 0
+
+    @classmethod
+    async def connect(cls, url: str, service: str, instance: str, *, wait_seconds: float = 60) -> Self:
+        """Connect, waiting with backoff up to `wait_seconds` for a server that is not there yet.
+
+        Raises:
+            MoeError: `bus_unavailable`, if no server answered in that time.
+
+        """
+        bus: Self | None = None
+
+        async def on_error(error: Exception) -> None:
+            if bus is not None and isinstance(error, nats.errors.SlowConsumerError):
+                bus.dropped += 1
+            log.warning("bus.error", error=str(error) or type(error).__name__)
+
+        async def on_disconnect() -> None:
+            if bus is not None:
+                bus._fail_waiting()
+            log.warning("bus.disconnected")
+
+        async def on_reconnect() -> None:
+            log.info("bus.reconnected")
+
+        deadline = time.monotonic() + wait_seconds
+        delay = 0.1
+        while True:
+            try:
+                client = await nats.connect(
+                    url,
+                    name=f"{service}.{instance}",
+                    error_cb=on_error,
+                    disconnected_cb=on_disconnect,
+                    reconnected_cb=on_reconnect,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.2 + random.random() * 0.3,  # noqa: S311 - jitter, not a secret
+                    connect_timeout=CONNECT_SECONDS,
+                    ping_interval=3,
+                    max_outstanding_pings=2,
+                    pending_size=0,  # nothing is buffered while reconnecting: it would be sent late
+                    allow_reconnect=True,
+                )
+                break
+            except Exception as error:  # nats-py raises a dozen types here; all mean "not yet"
+                if time.monotonic() + delay > deadline:
+                    raise MoeError("bus_unavailable", f"no NATS server at {url}: {error or 'no answer'}") from None
+                log.info("bus.waiting", url=url, retry_in_seconds=round(delay, 2))
+                await asyncio.sleep(delay)
+                delay = min(delay * 2, 2.0)
+        bus = cls(client, service, instance)
+        inbox = await client.subscribe(
+            f"{bus._prefix}.*", cb=bus._on_reply, pending_msgs_limit=262144, pending_bytes_limit=512 * 1024 * 1024
+        )
+        bus._watching.append(inbox)
+        return bus
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes of one message that are safe to send, from the server's own limit."""
+        return int(self._client.max_payload) - HEADER_ALLOWANCE
+
+    @property
+    def connected(self) -> bool:
+        return bool(self._client.is_connected)
+
+    @property
+    def waiting(self) -> int:
+        """Requests and streams whose reply is outstanding."""
+        return len(self._waiting)
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    async def publish(self, subject: str, data: bytes, *, reply: str = "", headers: Headers | None = None) -> None:
+        """Send one message.
+
+        Raises:
+            MoeError: `bus_unavailable` while disconnected, `payload_too_large` over the server's limit.
+
+        """
+        if not self._client.is_connected:
+            raise MoeError("bus_unavailable", "the connection to NATS is down; try again in a moment")
+        if len(data) > self.max_payload:
+            raise MoeError(
+                "payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}"
+            )
+        try:
+            await self._client.publish(subject, data, reply=reply, headers=headers)
+        except nats.errors.Error as error:
+            raise MoeError("bus_unavailable", f"NATS refused the message: {error}") from error
+
+    async def request(self, subject: str, data: bytes, *, timeout: float, headers: Headers | None = None) -> bytes:
+        """Send one message and await its one reply.
+
+        Raises:
+            MoeError: the reply's own error, `deadline_exceeded`, or `bus_unavailable` as soon as the connection breaks.
+            NoRespondersError: when nobody listens.
+
+        """
+        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+        def on_reply(message: Msg) -> None:
+            if not future.done():
+                future.set_result(message)
+
+        def on_lost(error: MoeError) -> None:
+            if not future.done():
+                future.set_exception(error)
+
+        token, reply = self._expect(on_reply, on_lost)
+        try:
+            await self.publish(subject, data, reply=reply, headers=headers)
+            async with asyncio.timeout(timeout):
+                message = await future
+        except TimeoutError:
+            raise MoeError("deadline_exceeded", f"no answer on {subject} within {timeout:.3g} s") from None
+        finally:
+            self._forget(token)
+        try:
+            raise_for_error(message)
+        except NoRespondersError:
+            raise NoRespondersError(subject) from None
+        return bytes(message.data)
+
+    def open_stream(self) -> ReplyStream:
+        """An inbox for the many replies of one request; use it as a context manager."""
+        return ReplyStream(self)
+
+    def _expect(self, on_reply: ReplyCallback, on_lost: Callable[[MoeError], None]) -> tuple[str, str]:
+        token = str(next(self._tokens))
+        self._waiting[token] = on_reply
+        self._lost[token] = on_lost
+        return token, f"{self._prefix}.{token}"
+
+    def _forget(self, token: str) -> None:
+        self._waiting.pop(token, None)
+        self._lost.pop(token, None)
+
+    async def _on_reply(self, message: Msg) -> None:
+        callback = self._waiting.get(message.subject[len(self._prefix) + 1 :])
+        if callback is not None:
+            callback(message)
+
+    def _fail_waiting(self) -> None:
+        for on_lost in list(self._lost.values()):
+            on_lost(MoeError("bus_unavailable", "the connection to NATS broke while waiting for an answer"))
+
+    # -- answering ---------------------------------------------------------------------------------------------------
+
+    async def serve(
+        self,
+        subject: str,
+        handler: Callable[[Msg], Awaitable[None]],
+        *,
+        queue_group: str = "",
+        capacity: int = 64,
+        workers: int = 1,
+    ) -> Served:
+        """Answer `subject` with `handler` in `workers` tasks; a full queue answers `overloaded` at once.
+
+        What the handler raises becomes one typed error reply; an unknown error's text goes to the log only.
+        """
+        served = Served(subject, handler, asyncio.Queue(capacity))
+
+        async def on_message(message: Msg) -> None:
+            try:
+                served.queue.put_nowait(message)
+            except asyncio.QueueFull:
+                served.refused += 1
+                await self.reply_error(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
+
+        async def work() -> None:
+            while True:
+                message = await served.queue.get()
+                start = time.perf_counter()
+                served.requests += 1
+                try:
+                    await handler(message)
+                except MoeError as error:
+                    served.errors += 1
+                    served.last_error = error.code
+                    await self.reply_error(message, error)
+                except asyncio.CancelledError:
+                    raise
+                except Exception:  # a bug of ours: the client gets a neutral sentence, the log the traceback
+                    served.errors += 1
+                    served.last_error = "internal_error"
+                    log.exception("handler.failed", subject=subject)
+                    await self.reply_error(message, MoeError("internal_error", "internal error; see the service's log"))
+                finally:
+                    served.processing_seconds += time.perf_counter() - start
+                    served.queue.task_done()
+
+        for n in range(workers):
+            served.tasks.append(asyncio.create_task(work(), name=f"serve:{subject}:{n}"))
+        served.subscription = await self._client.subscribe(
+            subject,
+            queue=queue_group,
+            cb=on_message,
+            pending_msgs_limit=max(capacity * 2, 256),
+            pending_bytes_limit=512 * 1024 * 1024,
+        )
+        self.served.append(served)
+        return served
+
+    async def watch(self, subject: str, callback: Callable[[Msg], None]) -> None:
+        """Call `callback`, which must be quick and not raise, for each message on `subject`."""
+
+        async def on_message(message: Msg) -> None:
+            try:
+                callback(message)
+            except Exception:  # somebody's malformed message must not stop the watching
+                log.warning("watch.failed", subject=message.subject, exc_info=True)
+
+        self._watching.append(await self._client.subscribe(subject, cb=on_message, pending_msgs_limit=4096))
+
+    async def reply(self, message: Msg, data: bytes, headers: Headers | None = None) -> None:
+        if message.reply:
+            await self.publish(message.reply, data, headers=headers)
+
+    async def reply_error(self, message: Msg, error: MoeError) -> None:
+        if message.reply:
+            try:
+                await self.publish(message.reply, b"", headers=error_headers(error))
+            except MoeError as failure:
+                log.warning("reply.lost", code=error.code, reason=failure.message)
+
+    async def flush(self) -> None:
+        if self.connected:
+            await self._client.flush(timeout=CONNECT_SECONDS)
+
+    async def close(self) -> None:
+        """Finish what is in flight, then close. Bounded by the caller's deadline."""
+        for served in self.served:
+            await served.stop_taking()
+        await self.abort()
+
+    async def abort(self) -> None:
+        """Close without waiting for work in flight."""
+        for served in self.served:
+            for task in served.tasks:
+                task.cancel()
+            await asyncio.gather(*served.tasks, return_exceptions=True)
+        self._fail_waiting()
+        if not self._client.is_closed:
+            try:
+                await self.flush()
+            except Exception as error:  # the connection is going anyway
+                log.debug("bus.flush_failed", error=str(error))
+            await self._client.close()
+
+
+class ReplyStream:
+    """The replies to one request, in order, until closed."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._queue: asyncio.Queue[Msg | MoeError] = asyncio.Queue(STREAM_QUEUE_CHUNKS)
+        self._token, self.inbox = bus._expect(self._put, self._put)  # noqa: SLF001 - one module, one mechanism
+
+    def _put(self, item: Msg | MoeError) -> None:
+        try:
+            self._queue.put_nowait(item)
+        except asyncio.QueueFull:
+            self._queue.get_nowait()
+            self._queue.put_nowait(MoeError("overloaded", "the reader of this stream is too slow"))
+
+    async def next(self, timeout: float) -> bytes:
+        """The next reply's bytes.
+
+        Raises:
+            MoeError: the service's error, `deadline_exceeded` after `timeout` seconds, or `bus_unavailable`.
+
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                item = await self._queue.get()
+        except TimeoutError:
+            raise MoeError("deadline_exceeded", f"nothing came for {timeout:.3g} s") from None
+        if isinstance(item, MoeError):
+            raise item
+        raise_for_error(item)
+        return bytes(item.data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bus._forget(self._token)  # noqa: SLF001
+
+
+def error_headers(error: MoeError) -> Headers:
+    """The headers of an error reply; line breaks, which would inject protocol, become spaces."""
+    text = " ".join(error.message.split())[:1000].encode("ascii", "replace").decode()
+    return {ERROR_TEXT: text or error.code, ERROR_CODE: error.code}

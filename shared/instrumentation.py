@@ -1,0 +1,79 @@
+"""Every metric of every service, with its unit (Prometheus' conventions: `_total`, `_seconds`, `_bytes`).
+
+Families that dashboards expect from vLLM exist here under the `moe_` prefix with the same meaning.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry(auto_describe=True)
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_DISPATCH = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+# gateway: what clients see
+HTTP_REQUESTS = Counter("moe_http_requests_total", "HTTP requests", ["endpoint", "method", "status"], registry=REGISTRY)
+HTTP_SECONDS = Histogram(
+    "moe_http_request_duration_seconds", "HTTP request to last byte", ["endpoint"], buckets=_LATENCY, registry=REGISTRY
+)
+REQUESTS_RUNNING = Gauge(
+    "moe_num_requests_running", "generations in flight (router: with KV blocks)", ["model_name"], registry=REGISTRY
+)
+REQUESTS_WAITING = Gauge("moe_num_requests_waiting", "generations in line", ["model_name"], registry=REGISTRY)
+REQUEST_SUCCESS = Counter(
+    "moe_request_success_total", "finished generations", ["model_name", "finished_reason"], registry=REGISTRY
+)
+REJECTIONS = Counter("moe_rejections_total", "requests refused, by error code", ["code"], registry=REGISTRY)
+PROMPT_TOKENS = Counter("moe_prompt_tokens_total", "prompt tokens", ["model_name"], registry=REGISTRY)
+GENERATION_TOKENS = Counter("moe_generation_tokens_total", "generated tokens", ["model_name"], registry=REGISTRY)
+TIME_TO_FIRST_TOKEN = Histogram(
+    "moe_time_to_first_token_seconds", "arrival to first token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
+)
+INTER_TOKEN_LATENCY = Histogram(
+    "moe_inter_token_latency_seconds", "between two tokens of one stream", ["model_name"], buckets=_LATENCY,
+    registry=REGISTRY,
+)
+E2E_LATENCY = Histogram(
+    "moe_e2e_request_latency_seconds", "arrival to last token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
+)
+
+# router: the engine and its dispatch
+QUEUE_TIME = Histogram(
+    "moe_request_queue_time_seconds", "in the router's line", ["model_name"], buckets=_LATENCY, registry=REGISTRY
+)
+PREFILL_TIME = Histogram(
+    "moe_request_prefill_time_seconds", "admission to first token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
+)
+DECODE_TIME = Histogram(
+    "moe_request_decode_time_seconds", "first to last token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
+)
+KV_CACHE_USAGE = Gauge("moe_kv_cache_usage_ratio", "share of KV blocks in use", ["model_name"], registry=REGISTRY)
+PREEMPTIONS = Counter("moe_preemptions_total", "sequences sent back for lack of blocks", ["model_name"], registry=REGISTRY)
+BATCH_TOKENS = Histogram(
+    "moe_batch_size_tokens", "tokens in one step", ["model_name"], buckets=_ROWS, registry=REGISTRY
+)
+STEP_SECONDS = Histogram("moe_step_seconds", "one engine step", ["model_name"], buckets=_LATENCY, registry=REGISTRY)
+DISPATCH_SECONDS = Histogram(
+    "moe_dispatch_seconds", "one layer's experts, sent to combined", ["layer"], buckets=_DISPATCH, registry=REGISTRY
+)
+DISPATCH_RETRIES = Counter("moe_dispatch_retries_total", "expert calls sent again", ["reason"], registry=REGISTRY)
+EXPERT_TOKENS = Counter("moe_expert_tokens_total", "tokens sent to an expert", ["layer", "expert"], registry=REGISTRY)
+PROMPT_LENGTH = Histogram(
+    "moe_request_prompt_tokens", "prompt length", ["model_name"], buckets=_TOKENS, registry=REGISTRY
+)
+
+# expert workers
+EXPERT_CALLS = Counter("moe_expert_calls_total", "answered calls", ["shard"], registry=REGISTRY)
+EXPERT_ERRORS = Counter("moe_expert_errors_total", "calls answered with an error", ["code"], registry=REGISTRY)
+EXPERT_SECONDS = Histogram(
+    "moe_expert_compute_seconds", "one call's compute", ["shard"], buckets=_DISPATCH, registry=REGISTRY
+)
+SHARD_BYTES = Gauge("moe_shard_weights_bytes", "weights held, by shard", ["shard"], registry=REGISTRY)
+
+# monitor
+INSTANCES = Gauge("moe_instances", "live instances", ["service", "state"], registry=REGISTRY)
+SHARD_REPLICAS = Gauge("moe_shard_replicas", "ready workers of a shard", ["deployment", "shard"], registry=REGISTRY)
+EVENTS = Counter("moe_events_total", "events published", ["kind"], registry=REGISTRY)

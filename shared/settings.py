@@ -1,0 +1,135 @@
+"""Settings come from the environment, typed and checked at start; one wrong value gives one line that names it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal, NoReturn, Self, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.errors import StartError
+
+MIB = 1024 * 1024
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
+SECRETS = ("API_AUTH_TOKEN",)
+
+
+class ServiceSettings(BaseSettings):
+    """What every service reads."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    env: Literal["development", "staging", "production"] = Field("development", description="where this runs")
+    model: Path = Field(DEMO_MODEL, description="folder of a Hugging Face checkpoint")
+    served_model_name: str | None = Field(None, description="the model's name in the API (default: the folder's)")
+    nats_url: str = Field("nats://127.0.0.1:4222", description="the NATS server")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
+    host: str = Field("127.0.0.1", description="address that HTTP listens on")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of /metrics (0: a free one, named in the log)")
+    instance: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="this process' name on the bus")
+    timeout_seconds: float = Field(30, gt=0, le=3600, description="longest wait for the next sign of progress")
+    grace_seconds: float = Field(10, ge=0, le=600, description="time for work in flight after SIGTERM")
+
+    @field_validator("model")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model.name
+
+
+class ComputeSettings(ServiceSettings):
+    """What the services that run the model read."""
+
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
+    expert_shards: int = Field(2, ge=1, le=1024, description="expert e belongs to shard e mod EXPERT_SHARDS")
+    torch_threads: int = Field(0, ge=0, le=1024, description="threads per process for torch (0: chosen from the cores)")
+
+
+class GatewaySettings(ServiceSettings):
+    port: int = Field(8000, ge=0, le=65535, description="port that HTTP listens on")
+    api_auth_token: str | None = Field(None, min_length=8, description="bearer token that clients must send")
+    max_concurrent_requests: int = Field(64, ge=1, le=65536, description="generations in flight; more wait in line")
+    max_queued_requests: int = Field(1024, ge=0, le=1_000_000, description="generations in line; more get HTTP 429")
+    max_body_mb: int = Field(32, ge=1, le=1024, description="largest HTTP body")
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
+
+    @model_validator(mode="after")
+    def _production_is_closed(self) -> Self:
+        if self.env == "production" and not self.api_auth_token:
+            raise ValueError("API_AUTH_TOKEN must be set when ENV=production")
+        return self
+
+
+class RouterSettings(ComputeSettings):
+    batch_size: int = Field(16, ge=1, le=4096, description="sequences that decode together")
+    max_waiting: int = Field(1024, ge=0, le=1_000_000, description="sequences in a router's line; more are refused")
+    prefill_chunk_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens per step, all prompts together")
+    kv_cache_mb: int = Field(512, ge=1, description="memory for the KV cache")
+    kv_block_tokens: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
+    expert_recovery_seconds: float = Field(10, ge=0, le=600, description="wait for a shard that has no worker")
+
+
+class ExpertSettings(ComputeSettings):
+    workers: int = Field(2, ge=1, le=1024, description="expert workers that start together and share the shards")
+    shards: str | None = Field(None, pattern=r"^\d+(,\d+)*$", description="pin this worker to these shards: 0,2")
+    max_pending_calls: int = Field(64, ge=1, le=65536, description="calls in a worker's line; more are refused")
+
+    @property
+    def pinned_shards(self) -> tuple[int, ...]:
+        return tuple(sorted({int(s) for s in self.shards.split(",")})) if self.shards else ()
+
+    @model_validator(mode="after")
+    def _shards_exist(self) -> Self:
+        if any(shard >= self.expert_shards for shard in self.pinned_shards):
+            raise ValueError(f"SHARDS={self.shards} names a shard that EXPERT_SHARDS={self.expert_shards} has not")
+        return self
+
+
+class MonitorSettings(ServiceSettings):
+    monitor_port: int = Field(8001, ge=0, le=65535, description="port of the monitor's page and API")
+    api_auth_token: str | None = Field(None, min_length=8, description="bearer token that clients must send")
+    stale_seconds: float = Field(5, gt=0, le=600, description="a silent instance counts as down after this")
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def load(kind: type[S]) -> S:
+    """Settings of `kind` from the environment; a secret NAME may also come from the file that NAME_FILE names.
+
+    Raises:
+        StartError: one line naming each wrong variable.
+
+    """
+    secrets: dict[str, str] = {}
+    for name in SECRETS:
+        path = os.environ.get(f"{name}_FILE")
+        if path and not os.environ.get(name):
+            try:
+                secrets[name.lower()] = Path(path).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise StartError(f"{name}_FILE={path}: {error}") from None
+    try:
+        return kind(**{k: v for k, v in secrets.items() if k in kind.model_fields})  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            text = problem["msg"].removeprefix("Value error, ")
+            secret = name in SECRETS
+            lines.append(f"{name}={'(hidden)' if secret else problem['input']!r}: {text}" if name else text)
+        raise StartError("; ".join(lines)) from None
+
+
+def refuse(error: StartError) -> NoReturn:
+    """End the process with the one line that says why."""
+    sys.stderr.write(f"error: {error}\n")
+    raise SystemExit(2)

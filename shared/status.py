@@ -1,0 +1,126 @@
+"""Status reports: every service publishes one each second on `moe.status.<service>.<instance>`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import psutil
+from nats.aio.msg import Msg
+
+from shared import subjects, wire
+from shared.bus import Bus
+from shared.errors import BadMessageError, MoeError
+
+STATUS_INTERVAL_SECONDS = 1.0
+STALE_SECONDS = 3.5
+
+State = Literal["starting", "loading", "ready", "draining"]
+
+
+class Status(wire.Message, frozen=True, kw_only=True):
+    """One instance's report about itself. Times are seconds, sizes bytes, `cpu` a share of one core."""
+
+    service: str
+    instance: str
+    deployment: str = ""
+    model: str = ""
+    state: State = "starting"
+    pid: int = 0
+    host: str = ""
+    started: float = 0.0
+    """Unix time of the process' start: orders workers that start together."""
+    address: str = ""
+    """host:port of this instance's /metrics."""
+    num_shards: int = 0
+    shards: tuple[int, ...] = ()
+    """Shards that an expert worker serves now."""
+    wanted_shards: tuple[int, ...] = ()
+    """Shards that it is loading."""
+    loaded_bytes: int = 0
+    total_bytes: int = 0
+    running: int = 0
+    waiting: int = 0
+    max_model_len: int = 0
+    kv_usage: float = 0.0
+    """Share of the KV blocks in use, 0 to 1."""
+    tokens_total: int = 0
+    requests_total: int = 0
+    errors_total: int = 0
+    cpu: float = 0.0
+    memory_bytes: int = 0
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
+    """Routers: tokens sent to each expert since the start, [MoE layers][experts]."""
+
+
+class StatusReporter:
+    """Publishes `make()` each second, and at once when `touch`ed."""
+
+    def __init__(self, bus: Bus, make: Callable[[], Status]) -> None:
+        self._bus = bus
+        self._make = make
+        self._changed = asyncio.Event()
+        self._process = psutil.Process(os.getpid())
+
+    def touch(self) -> None:
+        self._changed.set()
+
+    async def publish(self) -> None:
+        status = self._make()
+        with contextlib.suppress(MoeError):  # disconnected: the next second's report says more
+            await self._bus.publish(subjects.status(status.service, status.instance), wire.encode(status))
+
+    def usage(self) -> tuple[float, int]:
+        """(cpu share of one core, resident bytes) of this process."""
+        return self._process.cpu_percent() / 100, int(self._process.memory_info().rss)
+
+    async def run(self) -> None:
+        while True:
+            await self.publish()
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_INTERVAL_SECONDS):
+                    await self._changed.wait()
+
+
+class Fleet:
+    """Everybody's last report, by (service, instance); who has been silent for too long is forgotten."""
+
+    def __init__(self, stale_seconds: float = STALE_SECONDS) -> None:
+        self._stale_seconds = stale_seconds
+        self._seen: dict[tuple[str, str], tuple[float, Status]] = {}
+
+    async def watch(self, bus: Bus) -> None:
+        await bus.watch(subjects.STATUS_ALL, self.on_message)
+
+    def on_message(self, message: Msg) -> None:
+        try:
+            service, instance = subjects.parse_status(message.subject)
+            status = wire.decode(Status, message.data)
+        except (BadMessageError, ValueError):
+            return
+        if (status.service, status.instance) == (service, instance):
+            self.observe(status, time.monotonic())
+
+    def observe(self, status: Status, now: float) -> None:
+        self._seen[status.service, status.instance] = (now, status)
+
+    def live(self, service: str | None = None, *, now: float | None = None) -> list[Status]:
+        """Reports of the instances that were heard of lately, ordered by service and instance."""
+        now = time.monotonic() if now is None else now
+        for key in [k for k, (seen, _) in self._seen.items() if now - seen > self._stale_seconds]:
+            del self._seen[key]
+        return [s for (name, _), (_, s) in sorted(self._seen.items()) if service is None or name == service]
+
+    def covered_shards(self, deployment: str) -> set[int]:
+        """Shards of `deployment` that at least one ready worker serves."""
+        return {
+            shard
+            for s in self.live("expert")
+            if s.deployment == deployment and s.state == "ready"
+            for shard in s.shards
+        }

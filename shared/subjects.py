@@ -1,0 +1,82 @@
+"""Every name on the bus is built, and parsed, here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
+
+STATUS_ALL = "moe.status.>"
+ROUTER_QUEUE = "router"
+
+
+def token(value: str) -> str:
+    """`value`, if it may stand in a subject: nats-py checks nothing, and CR/LF would inject protocol.
+
+    Raises:
+        ValueError: for anything but letters, digits, `_` and `-`.
+
+    """
+    if not _TOKEN.match(value):
+        raise ValueError(f"{value!r} cannot be part of a NATS subject (letters, digits, '_' and '-' only)")
+    return value
+
+
+def slug(name: str) -> str:
+    """`name` made into a subject token."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "model"
+
+
+def deployment(model: str, fingerprint: str) -> str:
+    """`demo-3f2a91bc`: a model's slug and the first 8 hex digits of its checkpoint's fingerprint."""
+    return f"{slug(model)}-{fingerprint[:8]}"
+
+
+def generate(deployment: str) -> str:
+    return f"moe.{token(deployment)}.generate"
+
+
+def forward(deployment: str) -> str:
+    return f"moe.{token(deployment)}.forward"
+
+
+def experts(deployment: str, shard: int) -> str:
+    return f"moe.{token(deployment)}.experts.{int(shard)}"
+
+
+def shard_queue(shard: int) -> str:
+    return f"shard-{int(shard)}"
+
+
+def worker(deployment: str, instance: str) -> str:
+    return f"moe.{token(deployment)}.worker.{token(instance)}"
+
+
+def status(service: str, instance: str) -> str:
+    return f"moe.status.{token(service)}.{token(instance)}"
+
+
+def parse_status(subject: str) -> tuple[str, str]:
+    """(service, instance) of a status subject; the inverse of `status`.
+
+    Raises:
+        ValueError: if it is none.
+
+    """
+    parts = subject.split(".")
+    if len(parts) != 4 or parts[:2] != ["moe", "status"]:
+        raise ValueError(f"{subject!r} is not a status subject")
+    return token(parts[2]), token(parts[3])
+
+
+def control(service: str, instance: str) -> str:
+    return f"moe.control.{token(service)}.{token(instance)}"
+
+
+def event(kind: str) -> str:
+    return f"moe.events.{token(kind)}"
+
+
+def inbox_prefix(service: str, instance: str) -> str:
+    """A prefix per service, so that permissions can keep one from reading another's replies."""
+    return f"_INBOX_{token(service)}.{token(instance)}"
