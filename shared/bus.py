@@ -187,9 +187,7 @@ class Bus:
         if not self._client.is_connected:
             raise MoeError("bus_unavailable", "the connection to NATS is down; try again in a moment")
         if len(data) > self.max_payload:
-            raise MoeError(
-                "payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}"
-            )
+            raise MoeError("payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}")
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
         except nats.errors.Error as error:

@@ -33,7 +33,10 @@ TIME_TO_FIRST_TOKEN = Histogram(
     "moe_time_to_first_token_seconds", "arrival to first token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
 )
 INTER_TOKEN_LATENCY = Histogram(
-    "moe_inter_token_latency_seconds", "between two tokens of one stream", ["model_name"], buckets=_LATENCY,
+    "moe_inter_token_latency_seconds",
+    "between two tokens of one stream",
+    ["model_name"],
+    buckets=_LATENCY,
     registry=REGISTRY,
 )
 E2E_LATENCY = Histogram(
@@ -51,7 +54,9 @@ DECODE_TIME = Histogram(
     "moe_request_decode_time_seconds", "first to last token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
 )
 KV_CACHE_USAGE = Gauge("moe_kv_cache_usage_ratio", "share of KV blocks in use", ["model_name"], registry=REGISTRY)
-PREEMPTIONS = Counter("moe_preemptions_total", "sequences sent back for lack of blocks", ["model_name"], registry=REGISTRY)
+PREEMPTIONS = Counter(
+    "moe_preemptions_total", "sequences sent back for lack of blocks", ["model_name"], registry=REGISTRY
+)
 BATCH_TOKENS = Histogram(
     "moe_batch_size_tokens", "tokens in one step", ["model_name"], buckets=_ROWS, registry=REGISTRY
 )

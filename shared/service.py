@@ -29,7 +29,10 @@ log = structlog.get_logger()
 
 def instance_name(settings: ServiceSettings, service: str) -> str:
     """The instance's name on the bus: INSTANCE, or one that is unique among hosts and processes."""
-    return settings.instance or f"{service}-{socket.gethostname()[:20].replace('.', '-')}-{os.getpid()}-{os.urandom(2).hex()}"
+    return (
+        settings.instance
+        or f"{service}-{socket.gethostname()[:20].replace('.', '-')}-{os.getpid()}-{os.urandom(2).hex()}"
+    )
 
 
 def base_status(settings: ServiceSettings, service: str, instance: str, address: str) -> Status:
@@ -101,7 +104,7 @@ async def service_context(
 def run_process(
     service: str, settings: ServiceSettings, main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 ) -> None:
-    """Run `main(shutdown)` until it returns; SIGTERM and SIGINT set `shutdown`, a second one ends the process at once."""
+    """Run `main(shutdown)` until it returns; SIGTERM or SIGINT sets `shutdown`, a second one ends the process."""
     configure_logs(service, settings)
 
     async def supervised() -> None:

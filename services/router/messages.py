@@ -51,7 +51,7 @@ class GenerateRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """One token's log-probability under the model (before penalties and temperature) and the most likely alternatives."""
+    """One token's log-probability under the model, before penalties and temperature, and the likeliest others."""
 
     token: int
     logprob: float
@@ -61,7 +61,10 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class GenerateChunk(Message, frozen=True, kw_only=True, omit_defaults=True):
-    """One of the replies to a GenerateRequest. The first, empty one says who took it; the one with `finish_reason` is the last."""
+    """One of the replies to a GenerateRequest.
+
+    The first, empty one says who took it; the one with `finish_reason` is the last.
+    """
 
     id: str
     instance: str = ""

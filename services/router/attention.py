@@ -1,0 +1,55 @@
+"""Attention over the paged KV cache, with grouped query heads and sliding windows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from services.router.batch import Batch
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None
+) -> torch.Tensor:
+    """Attend each row of the batch to its own sequence's past.
+
+    Args:
+        query: [T, heads, D], rotated.
+        keys: [slots, kv_heads, D], this layer's cache, with this step's keys written.
+        values: likewise.
+        batch: which rows belong together and which slots they see.
+        window: how many positions back a row sees, itself included; None: all.
+
+    Returns:
+        [T, heads × D].
+
+    """
+    out = torch.empty_like(query)
+    if batch.decode is not None:
+        d = batch.decode
+        count = d.context.shape[0]
+        mask = d.valid  # [B, L]
+        if window is not None:
+            mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= (d.lengths - window)[:, None])
+        k = keys[d.context].transpose(1, 2)  # [B, kv, L, D]
+        v = values[d.context].transpose(1, 2)
+        q = query[:count].unsqueeze(2)  # [B, heads, 1, D]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], enable_gqa=True)
+        out[:count] = y.squeeze(2)
+    for p in batch.prefills:
+        rows = slice(p.row, p.row + p.count)
+        length = p.context.shape[0]
+        q = query[rows].transpose(0, 1).unsqueeze(0)  # [1, heads, n, D]
+        k = keys[p.context].transpose(0, 1).unsqueeze(0)  # [1, kv, L, D]
+        v = values[p.context].transpose(0, 1).unsqueeze(0)
+        if length == p.count and window is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            columns = torch.arange(length, device=query.device)
+            at = columns[length - p.count :, None]
+            visible = columns <= at  # [n, L]
+            if window is not None:
+                visible = visible & (columns > at - window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
+        out[rows] = y.squeeze(0).transpose(0, 1)
+    return out.flatten(1)

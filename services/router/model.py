@@ -1,0 +1,196 @@
+"""The model's dense part: embeddings, norms, attention, gates, shared experts, LM head. No routed expert is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from services.router.attention import attend
+from services.router.batch import Batch
+from services.router.kv_cache import KVCache
+from services.router.rope import RotaryEmbedding, rotate
+from shared.checkpoint import Checkpoint, ModelConfig
+from shared.checkpoint.names import PREFIX, moe_prefix
+from shared.experts import ACTIVATION
+from shared.tensors import TensorReader
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a MoE layer's experts are asked."""
+
+    hidden: torch.Tensor
+    """[T, H], normed."""
+    top_k_index: torch.Tensor
+    """[T, k] int64."""
+    top_k_weights: torch.Tensor
+    """[T, k] float32."""
+
+
+def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Every dense tensor of the model, by its name in the checkpoint."""
+    c = checkpoint.config
+    hidden, q_size, kv_size = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (c.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not c.tie_word_embeddings:
+        shapes["lm_head.weight"] = (c.vocab_size, hidden)
+    for layer in range(c.num_hidden_layers):
+        p = PREFIX.format(layer=layer)
+        shapes[f"{p}input_layernorm.weight"] = (hidden,)
+        shapes[f"{p}post_attention_layernorm.weight"] = (hidden,)
+        for name, size in (("q", q_size), ("k", kv_size), ("v", kv_size)):
+            shapes[f"{p}self_attn.{name}_proj.weight"] = (size, hidden)
+            if c.qkv_bias:
+                shapes[f"{p}self_attn.{name}_proj.bias"] = (size,)
+        shapes[f"{p}self_attn.o_proj.weight"] = (hidden, q_size)
+        if c.output_bias:
+            shapes[f"{p}self_attn.o_proj.bias"] = (hidden,)
+        if c.qk_norm != "none":
+            whole = c.qk_norm == "whole"
+            shapes[f"{p}self_attn.q_norm.weight"] = (q_size if whole else c.head_dim,)
+            shapes[f"{p}self_attn.k_norm.weight"] = (kv_size if whole else c.head_dim,)
+        if layer in c.moe_layers:
+            shapes[f"{moe_prefix(c, checkpoint.tensors, layer)}gate.weight"] = (c.num_experts, hidden)
+            if c.shared_expert_intermediate_size:
+                shapes[f"{p}mlp.shared_expert_gate.weight"] = (1, hidden)
+                shapes |= _mlp_shapes(f"{p}mlp.shared_expert.", c.shared_expert_intermediate_size, hidden)
+        else:
+            shapes |= _mlp_shapes(f"{p}mlp.", c.intermediate_size, hidden)
+    return shapes
+
+
+def _mlp_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}gate_proj.weight": (inner, hidden),
+        f"{prefix}up_proj.weight": (inner, hidden),
+        f"{prefix}down_proj.weight": (hidden, inner),
+    }
+
+
+class DenseModel:
+    """The dense forward pass of one model, layer by layer, between which the routed experts are asked."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, gates: dict[int, torch.Tensor]) -> None:
+        self.config = config
+        self._w = weights
+        self._gates = gates
+        self._act = ACTIVATION[config.hidden_act]
+        self.device = weights["model.embed_tokens.weight"].device
+        self.dtype = weights["model.embed_tokens.weight"].dtype
+        self._rope = RotaryEmbedding(config, self.device)
+        tied = config.tie_word_embeddings
+        self._lm_head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, on_bytes: Callable[[int], None]
+    ) -> DenseModel:
+        """Read the dense tensors only; each is copied and its file's mapping dropped.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape, or unreadable.
+
+        """
+        shapes = weight_shapes(checkpoint)
+        for name, shape in shapes.items():
+            checkpoint.tensors.expect(name, shape)
+        with TensorReader(checkpoint.tensors, device, on_bytes) as reader:
+            by_file = sorted(shapes, key=lambda name: str(checkpoint.tensors.entries[name].file))
+            weights = {name: reader.read(name, shapes[name], dtype) for name in by_file}
+        c = checkpoint.config
+        gates = {layer: weights.pop(f"{moe_prefix(c, checkpoint.tensors, layer)}gate.weight") for layer in c.moe_layers}
+        return cls(c, weights, gates)
+
+    @staticmethod
+    def load_bytes(checkpoint: Checkpoint, itemsize: int) -> int:
+        """Bytes of the dense weights in memory."""
+        total = 0
+        for shape in weight_shapes(checkpoint).values():
+            size = itemsize
+            for dimension in shape:
+                size *= dimension
+            total += size
+        return total
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """RMSNorm (arXiv 1910.07467) in float32, as the reference computes it."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        return self._w[name] * y.to(x.dtype)
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self._w[f"{name}.weight"], self._w.get(f"{name}.bias"))
+
+    def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        gate = self._act(self._linear(x, f"{prefix}gate_proj"))
+        return self._linear(gate * self._linear(x, f"{prefix}up_proj"), f"{prefix}down_proj")
+
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states [T, H] of the batch's tokens, and their rotations cos, sin [T, 1, D]."""
+        cos, sin = self._rope(batch.positions, batch.rope_lengths)
+        hidden = F.embedding(batch.token_ids, self._w["model.embed_tokens.weight"])
+        return hidden, cos.to(self.dtype), sin.to(self.dtype)
+
+    def attention(
+        self, layer: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, cache: KVCache
+    ) -> torch.Tensor:
+        """Hidden [T, H] plus the layer's attention [T, H]; writes the step's keys and values to the cache."""
+        c = self.config
+        p = f"{PREFIX.format(layer=layer)}self_attn."
+        x = self._norm(hidden, f"{PREFIX.format(layer=layer)}input_layernorm.weight")
+        q, k, v = (self._linear(x, f"{p}{name}_proj") for name in "qkv")  # [T, heads × D], [T, kv × D] twice
+        if c.qk_norm == "whole":
+            q, k = self._norm(q, f"{p}q_norm.weight"), self._norm(k, f"{p}k_norm.weight")
+        if c.clip_qkv is not None:
+            q, k, v = (each.clamp(-c.clip_qkv, c.clip_qkv) for each in (q, k, v))
+        q = q.view(-1, c.num_attention_heads, c.head_dim)
+        k = k.view(-1, c.num_key_value_heads, c.head_dim)
+        v = v.view(-1, c.num_key_value_heads, c.head_dim)
+        if c.qk_norm == "head":
+            q, k = self._norm(q, f"{p}q_norm.weight"), self._norm(k, f"{p}k_norm.weight")
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys[batch.slots] = k
+        values[batch.slots] = v
+        y = attend(q, keys, values, batch, c.sliding_windows[layer])
+        return hidden + self._linear(y, f"{p}o_proj")
+
+    def route(self, layer: int, hidden: torch.Tensor) -> Routing:
+        """Norm `hidden` [T, H] and pick each token's top-k experts."""
+        return self.gate(layer, self._norm(hidden, f"{PREFIX.format(layer=layer)}post_attention_layernorm.weight"))
+
+    def gate(self, layer: int, normed: torch.Tensor) -> Routing:
+        """The gate's choice for `normed` [T, H]: softmax in float32, top-k, renormalised where the model says so."""
+        c = self.config
+        logits = F.linear(normed, self._gates[layer])  # [T, E]
+        weights, index = torch.topk(F.softmax(logits, dim=-1, dtype=torch.float32), c.num_experts_per_tok, dim=-1)
+        if c.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if c.family != "mixtral":  # all but Mixtral round the weights to the model's dtype
+            weights = weights.to(logits.dtype).float()
+        return Routing(normed, index, weights)
+
+    def shared_expert(self, layer: int, normed: torch.Tensor) -> torch.Tensor | None:
+        """The shared expert's gated output [T, H]; None where the model has none."""
+        if not self.config.shared_expert_intermediate_size:
+            return None
+        p = f"{PREFIX.format(layer=layer)}mlp."
+        gate = F.sigmoid(self._linear(normed, f"{p}shared_expert_gate"))  # [T, 1]
+        return gate * self._mlp(normed, f"{p}shared_expert.")
+
+    def dense_mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden [T, H] plus the dense MLP of a layer without experts."""
+        p = PREFIX.format(layer=layer)
+        return hidden + self._mlp(self._norm(hidden, f"{p}post_attention_layernorm.weight"), f"{p}mlp.")
+
+    def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Float32 logits [R, V] of the rows [R] of `hidden` [T, H]."""
+        return F.linear(self._norm(hidden[rows], "model.norm.weight"), self._lm_head).float()
