@@ -234,9 +234,9 @@ class Worker:
         pairs = token_index.shape[0]
         expert_index = from_wire(request.expert_index, "expert_index", (pairs,), ("int32",))
         weights = from_wire(request.weights, "weights", (pairs,), ("float32",))
-        if pairs and not (0 <= int(token_index.min()) and int(token_index.max()) < rows):
+        if pairs and (int(token_index.min()) < 0 or int(token_index.max()) >= rows):
             raise BadMessageError(f"token_index is outside the {rows} rows of hidden_states")
-        for expert in expert_index.unique().tolist():
+        for expert in set(expert_index.tolist()):
             if expert not in self._owned:
                 raise MoeError("wrong_shard", f"expert {expert} is not hosted by {self._instance}")
         out = self._bank.compute(
