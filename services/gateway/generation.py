@@ -1,0 +1,193 @@
+"""One generation as the gateway sees it: asked of a router over NATS, decoded to text, cancelled when nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import structlog
+
+from services.gateway.admission import Admission
+from services.gateway.report import Window
+from services.gateway.text import IncrementalDecoder, StopStrings, TextTokenizer
+from services.router.messages import CancelRequest, GenerateChunk, GenerateRequest, TokenLogprob
+from shared import subjects, wire
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus, NoRespondersError, ReplyStream
+from shared.errors import MoeError
+from shared.instrumentation import (
+    E2E_LATENCY,
+    GENERATION_TOKENS,
+    INTER_TOKEN_LATENCY,
+    PROMPT_TOKENS,
+    REQUEST_SUCCESS,
+    TIME_TO_FIRST_TOKEN,
+)
+from shared.logs import request_id
+
+log = structlog.get_logger()
+
+RETRY_PAUSE_SECONDS = 0.1
+CANCEL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one chunk adds to a generation: text at whole characters, and the tokens behind it."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    routing: list[wire.Tensor] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Observations:
+    """Real measurements for /metrics and /performance-report; label look-ups happen once, here."""
+
+    def __init__(self, model_name: str, window: int = 4096) -> None:
+        self.first_token = Window(window)
+        self.between_tokens = Window(window)
+        self.whole = Window(window)
+        self._first = TIME_TO_FIRST_TOKEN.labels(model_name)
+        self._between = INTER_TOKEN_LATENCY.labels(model_name)
+        self._whole = E2E_LATENCY.labels(model_name)
+        self._prompt_tokens = PROMPT_TOKENS.labels(model_name)
+        self._tokens = GENERATION_TOKENS.labels(model_name)
+        self._model_name = model_name
+        self.tokens = 0
+        self.prompt_tokens = 0
+        self.finished = 0
+        self.failed = 0
+
+    def token(self, arrival: float, last: float | None, now: float) -> None:
+        if last is None:
+            self._first.observe(now - arrival)
+            self.first_token.add(now, now - arrival)
+        else:
+            self._between.observe(now - last)
+            self.between_tokens.add(now, now - last)
+        self._tokens.inc()
+        self.tokens += 1
+
+    def end(self, arrival: float, now: float, prompt_tokens: int, reason: str) -> None:
+        self._whole.observe(now - arrival)
+        self.whole.add(now, now - arrival)
+        self._prompt_tokens.inc(prompt_tokens)
+        self.prompt_tokens += prompt_tokens
+        REQUEST_SUCCESS.labels(self._model_name, reason).inc()
+        self.finished += 1
+
+
+class Generator:
+    """Asks routers for generations."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        deployment: str,
+        tokenizer: TextTokenizer,
+        admission: Admission,
+        observations: Observations,
+        timeout_seconds: float,
+    ) -> None:
+        self._bus = bus
+        self._subject = subjects.generate(deployment)
+        self._tokenizer = tokenizer
+        self._admission = admission
+        self._observations = observations
+        self._timeout_seconds = timeout_seconds
+        self._cancellations: set[asyncio.Task[None]] = set()
+
+    async def generate(self, request: GenerateRequest, stops: list[str]) -> AsyncGenerator[Piece, None]:
+        """Pieces of one generation, the last with its finish reason; leaving early cancels it.
+
+        Raises:
+            MoeError: no place, no router, no answer in time, or what the router says.
+
+        """
+        arrival = time.monotonic()
+        try:
+            async with (
+                self._admission.slot(),
+                contextlib.aclosing(self._pieces(request, stops, arrival)) as pieces,
+            ):
+                async for piece in pieces:
+                    yield piece
+        except MoeError:
+            self._observations.failed += 1
+            raise
+
+    async def _pieces(self, request: GenerateRequest, stops: list[str], arrival: float) -> AsyncGenerator[Piece, None]:
+        decoder, stop_strings = IncrementalDecoder(self._tokenizer), StopStrings(stops)
+        with self._bus.open_stream() as stream:
+            accepted = await self._ask(request, stream)
+            finished = False
+            last: float | None = None
+            try:
+                while not finished:
+                    chunk = wire.decode(GenerateChunk, await stream.next(self._timeout_seconds))
+                    now = time.monotonic()
+                    text, stopped = "", False
+                    for token in chunk.token_ids:
+                        self._observations.token(arrival, last, now)
+                        last = now
+                        if token != chunk.stop_token_id:
+                            shown, stopped = stop_strings.push(decoder.push(token))
+                            text += shown
+                    finished = chunk.finish_reason is not None
+                    if finished and not stopped:
+                        shown, stopped = stop_strings.push(decoder.finish())
+                        text += shown + ("" if stopped else stop_strings.finish())
+                    reason = "stop" if stopped else chunk.finish_reason
+                    routing = [chunk.routing] if chunk.routing else []
+                    yield Piece(text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason)
+                    if reason:
+                        self._observations.end(arrival, time.monotonic(), len(request.token_ids), reason)
+                    if stopped:
+                        return
+            finally:
+                if not finished:
+                    self._cancel(request.id, accepted.instance)
+
+    async def _ask(self, request: GenerateRequest, stream: ReplyStream) -> GenerateChunk:
+        """Publish the request until a router takes it; the first, empty chunk says which one did."""
+        deadline = time.monotonic() + self._timeout_seconds
+        data = wire.encode(request)
+        while True:
+            left = deadline - time.monotonic()
+            headers = {REQUEST_ID: request_id.get() or request.id, BUDGET_MS: f"{left * 1000:.0f}"}
+            try:
+                await self._bus.publish(self._subject, data, reply=stream.inbox, headers=headers)
+                return wire.decode(GenerateChunk, await stream.next(left))
+            except MoeError as error:
+                retry = isinstance(error, NoRespondersError) or error.code in {
+                    "overloaded",
+                    "bus_unavailable",
+                    "draining",
+                }
+                if not retry or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
+                    if isinstance(error, NoRespondersError):
+                        raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
+                    raise
+            await asyncio.sleep(RETRY_PAUSE_SECONDS)
+
+    def _cancel(self, generation_id: str, instance: str) -> None:
+        """Tell the router that nobody reads any more. Owned here, as the request's own task may be ending."""
+        task = asyncio.create_task(self._send_cancel(generation_id, instance), name="cancel")
+        self._cancellations.add(task)
+        task.add_done_callback(self._cancellations.discard)
+
+    async def _send_cancel(self, generation_id: str, instance: str) -> None:
+        try:
+            subject = subjects.control("router", instance)
+            await self._bus.request(subject, wire.encode(CancelRequest(id=generation_id)), timeout=CANCEL_SECONDS)
+        except MoeError as error:
+            log.info("cancel.unanswered", id=generation_id, code=error.code)
+
+    async def close(self) -> None:
+        """Wait for cancellations under way; each has its own deadline."""
+        await asyncio.gather(*self._cancellations, return_exceptions=True)

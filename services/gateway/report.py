@@ -1,0 +1,91 @@
+"""/performance-report: what was measured, and what follows from it. Pure functions over real observations."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+REPORT_SECONDS = 60.0
+BALANCED = 1.5
+
+
+class Window:
+    """The last observations, each with its time."""
+
+    def __init__(self, size: int) -> None:
+        self._values: deque[tuple[float, float]] = deque(maxlen=size)
+
+    def add(self, now: float, value: float) -> None:
+        self._values.append((now, value))
+
+    def since(self, start: float) -> list[float]:
+        return [value for at, value in self._values if at >= start]
+
+    def all(self) -> list[float]:
+        return [value for _, value in self._values]
+
+
+def percentile(values: Sequence[float], q: float) -> float | None:
+    """The q-quantile by nearest rank; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
+
+
+def latency(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Count and percentiles in milliseconds."""
+    result: dict[str, float | int | None] = {"count": len(values)}
+    for name, q in (("p50_ms", 0.5), ("p95_ms", 0.95), ("p99_ms", 0.99)):
+        value = percentile(values, q)
+        result[name] = None if value is None else round(value * 1000, 3)
+    return result
+
+
+def entropy(counts: Sequence[int]) -> float | None:
+    """Routing entropy as a share of its maximum: 1 is even, 0 is one expert only."""
+    total = sum(counts)
+    if not total or len(counts) < 2:
+        return None
+    shares = [c / total for c in counts if c]
+    return -sum(p * math.log(p) for p in shares) / math.log(len(counts))
+
+
+def imbalance(counts: Sequence[int]) -> float | None:
+    """Most loaded over mean; 1 is even."""
+    total = sum(counts)
+    return max(counts) * len(counts) / total if total else None
+
+
+def expert_utilisation(layers: Sequence[int], per_router: Sequence[Sequence[Sequence[int]]]) -> list[dict[str, Any]]:
+    """Per MoE layer: tokens of each expert over all routers, their entropy and imbalance."""
+    result = []
+    for row, layer in enumerate(layers):
+        rows = [router[row] for router in per_router if row < len(router)]
+        counts = [sum(column) for column in zip(*rows, strict=True)] if rows else []
+        even, skew = entropy(counts), imbalance(counts)
+        result.append(
+            {
+                "layer": layer,
+                "tokens": counts,
+                "entropy": None if even is None else round(even, 4),
+                "imbalance": None if skew is None else round(skew, 3),
+            }
+        )
+    return result
+
+
+def recommendations(*, waiting: int, error_rate: float | None, skew: float | None, kv_usage: float | None) -> list[str]:
+    """What an operator should look at, from the figures of the report."""
+    found = []
+    if waiting:
+        found.append(f"{waiting} generations wait in line: add routers or raise BATCH_SIZE")
+    if error_rate is not None and error_rate > 0.05:
+        found.append(f"{error_rate:.1%} of generations failed: see /health and the routers' logs")
+    if skew is not None and skew > BALANCED:
+        found.append(f"the busiest expert of a layer takes {skew:.1f} times the mean: add replicas of its shard")
+    if kv_usage is not None and kv_usage > 0.9:
+        found.append(f"{kv_usage:.0%} of the KV blocks are in use: raise KV_CACHE_MB or add routers")
+    return found
