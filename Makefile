@@ -18,6 +18,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 install: $(VENV)/.installed  ## make .venv and install
 
+run: install  ## serve the demo model on http://127.0.0.1:8000
+	@exec $(BIN)/openmoe up
+
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -8,7 +8,7 @@ import msgspec
 
 from shared.wire import Message, Tensor
 
-Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 FinishReason = Literal["stop", "length", "cancelled"]
 
 

@@ -1,0 +1,64 @@
+"""The HTTP application: its endpoints, put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from services.gateway import chat, completions, failures, moe, operations
+from services.gateway.context import Context
+from services.gateway.middleware import Gatekeeper
+from services.gateway.openai_types import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeBody,
+    ForwardBody,
+    RouteBody,
+    TokenizeBody,
+)
+from shared.discovery import VERSION
+
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/moe/forward": ForwardBody,
+    "/v1/moe/route": RouteBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+
+
+def build_app(context: Context) -> FastAPI:
+    """The application of one gateway."""
+    app = FastAPI(title="OpenMoE", version=VERSION)
+    for module in (completions, chat, moe, operations):
+        app.include_router(module.routes(context))
+    failures.install(app)
+
+    def openapi() -> dict[str, Any]:
+        """Bodies are parsed by hand, for OpenAI's error shape; their schemas are added here."""
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            template = "#/components/schemas/{model}"
+            _, definitions = models_json_schema([(m, "validation") for m in BODIES.values()], ref_template=template)
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+            for path, model in BODIES.items():
+                reference = {"$ref": template.format(model=model.__name__)}
+                body = {"required": True, "content": {"application/json": {"schema": reference}}}
+                schema["paths"][path]["post"]["requestBody"] = body
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    endpoints = frozenset({*BODIES, *schema_paths(app)})
+    app.add_middleware(Gatekeeper, context=context, endpoints=endpoints)
+    return app
+
+
+def schema_paths(app: FastAPI) -> set[str]:
+    """Paths without parameters: those that may be a metric's label."""
+    return {path for path in (getattr(route, "path", "") for route in app.routes) if path and "{" not in path}

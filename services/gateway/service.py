@@ -1,0 +1,122 @@
+"""The gateway as a service: HTTP in front, the bus behind, reports each second."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import msgspec
+import structlog
+import uvicorn
+
+from services.gateway.admission import Admission
+from services.gateway.app import build_app
+from services.gateway.context import Context
+from services.gateway.generation import Generator, Observations
+from services.gateway.text import TextTokenizer
+from shared.checkpoint import Checkpoint
+from shared.errors import StartError
+from shared.service import base_status, instance_name, service_context
+from shared.settings import GatewaySettings
+from shared.status import Fleet, Status, StatusReporter
+
+log = structlog.get_logger()
+
+
+def listen(settings: GatewaySettings) -> socket.socket:
+    """The listening socket.
+
+    Raises:
+        StartError: the port is taken or the address is not this machine's.
+
+    """
+    try:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(f"PORT={settings.port} on HOST={settings.host}: {error.strerror}") from None
+
+
+async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
+    """Run one gateway until `shutdown`, then let requests in flight finish.
+
+    Raises:
+        StartError: a wrong checkpoint, a taken port, no NATS.
+
+    """
+    checkpoint = Checkpoint.open(settings.model)
+    tokenizer = TextTokenizer.open(settings.model)
+    listener = listen(settings)
+    address = f"{settings.host}:{listener.getsockname()[1]}"
+    instance = instance_name(settings, "gateway")
+    base = base_status(settings, "gateway", instance, address)
+    context: Context | None = None
+    reporter: StatusReporter | None = None
+
+    def status() -> Status:
+        if context is None or reporter is None:
+            return base
+        cpu, memory = reporter.usage()
+        o = context.observations
+        return msgspec.structs.replace(
+            base,
+            deployment=context.deployment,
+            state="draining" if context.draining else "ready",
+            running=context.admission.running,
+            waiting=context.admission.waiting,
+            tokens_total=o.tokens,
+            requests_total=o.finished,
+            errors_total=o.failed,
+            cpu=cpu,
+            memory_bytes=memory,
+        )
+
+    async with service_context(settings, "gateway", instance, status) as service:
+        reporter = service.reporter
+        fleet = Fleet()
+        await fleet.watch(service.bus)
+        deployment = checkpoint.deployment(settings.model_name)
+        admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
+        observations = Observations(settings.model_name)
+        generator = Generator(service.bus, deployment, tokenizer, admission, observations, settings.timeout_seconds)
+        context = Context(
+            settings,
+            checkpoint.config,
+            deployment,
+            instance,
+            service.bus,
+            fleet,
+            tokenizer,
+            admission,
+            observations,
+            generator,
+        )
+        config = uvicorn.Config(
+            build_app(context),
+            http="httptools",
+            loop="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=max(1, int(settings.grace_seconds)),
+        )
+        server = uvicorn.Server(config)
+        # Signals belong to the process, which sets `shutdown`; uvicorn must leave them alone.
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        task = asyncio.create_task(server._serve([listener]), name="http")  # noqa: SLF001 - serve() takes over signals
+        log.info("gateway.ready", url=f"http://{address}", instance=instance, deployment=deployment)
+        reporter.touch()
+        stop = asyncio.create_task(shutdown.wait(), name="shutdown")
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        context.draining = True
+        await reporter.publish()
+        try:
+            async with asyncio.timeout(settings.grace_seconds):
+                while context.open_requests:
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            log.warning("drain.cut_short", requests=context.open_requests)
+        server.should_exit = True
+        await task
+        stop.cancel()
+        await generator.close()

@@ -1,0 +1,253 @@
+"""`openmoe up`: the whole stack on this machine, each service a real process, watched and restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+
+from services.nats_server import binary, free_port, write_config
+from shared.bus import Bus
+from shared.checkpoint import Checkpoint
+from shared.errors import MoeError, StartError
+from shared.status import Fleet
+
+STOP_SECONDS = 15.0
+FIRST_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 10.0
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to start."""
+
+    model: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    experts: int = 2
+    routers: int = 1
+    shards: int | None = None
+    data_dir: Path | None = None
+
+
+def _die_with_parent() -> None:
+    """In the child: end when the supervisor does, even if it is killed and can stop nobody."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass
+class Child:
+    """One process that is kept running."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    process: asyncio.subprocess.Process | None = None
+    stopping: bool = False
+    restarts: int = 0
+    ready: Callable[[], bool] = field(default=lambda: True)
+
+    async def start(self) -> None:
+        """Start it in a process group of its own: a terminal's Ctrl-C reaches the supervisor only."""
+        self.process = await asyncio.create_subprocess_exec(
+            *self.command,
+            env=self.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=sys.stderr,
+            process_group=0,
+            preexec_fn=_die_with_parent,
+        )
+
+    async def keep(self) -> None:
+        """Restart it whenever it ends by itself, with backoff.
+
+        Raises:
+            StartError: it refused to start (exit code 2); its own line has said why.
+
+        """
+        delay = FIRST_BACKOFF_SECONDS
+        while True:
+            started = time.monotonic()
+            await self.start()
+            assert self.process is not None  # noqa: S101 - start() made it
+            code = await self.process.wait()
+            if self.stopping:
+                return
+            if code == 2:
+                raise StartError(f"{self.name} refused to start")
+            if time.monotonic() - started > MAX_BACKOFF_SECONDS:
+                delay = FIRST_BACKOFF_SECONDS
+            sys.stderr.write(f"{self.name} ended with code {code}; restarting in {delay:g} s\n")
+            self.restarts += 1
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, MAX_BACKOFF_SECONDS)
+
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL after a while."""
+        self.stopping = True
+        if self.process is None or self.process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.process.wait()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
+
+
+class Stack:
+    """nats-server and the services of one `openmoe up`."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        checkpoint = Checkpoint.open(plan.model)
+        self._deployment_model = checkpoint.path
+        self._plan = plan
+        self._folder = folder
+        self._shards = plan.shards or min(plan.experts, checkpoint.config.num_experts)
+        if self._shards > checkpoint.config.num_experts:
+            raise StartError(f"--shards {self._shards}: the model has only {checkpoint.config.num_experts} experts")
+        self.port = plan.port or free_port()
+        self.url = f"http://{'127.0.0.1' if plan.host in ('0.0.0.0', '::') else plan.host}:{self.port}"
+        self.nats_url = os.environ.get("NATS_URL") or ""
+        self.children: list[Child] = []
+
+    def prepare(self) -> None:
+        """Decide on every process."""
+        if not self.nats_url:
+            port = free_port()
+            self.nats_url = f"nats://127.0.0.1:{port}"
+            config = write_config(self._folder, port)
+            self.children.append(Child("nats-server", [binary(), "--config", str(config)], dict(os.environ)))
+        names = ["monitor", *["expert"] * self._plan.experts, *["router"] * self._plan.routers, "gateway"]
+        suffix = os.urandom(3).hex()
+        for number, service in enumerate(names):
+            environment = {
+                **os.environ,
+                "MODEL": str(self._plan.model),
+                "NATS_URL": self.nats_url,
+                "HOST": self._plan.host if service == "gateway" else "127.0.0.1",
+                "PORT": str(self.port),
+                "WORKERS": str(self._plan.experts),
+                "EXPERT_SHARDS": str(self._shards),
+                "METRICS_PORT": "0",
+                "MONITOR_PORT": os.environ.get("MONITOR_PORT", "0"),
+                "INSTANCE": f"{service}-{number}-{suffix}",
+            }
+            command = [sys.executable, "-m", f"services.{service}"]
+            self.children.append(Child(f"{service}-{number}", command, environment))
+
+    async def stop(self) -> None:
+        """In the order of a request's path, so that each finds what it still needs."""
+        for child in reversed(self.children):
+            child.stopping = True
+        for child in reversed(self.children):
+            await child.stop()
+
+    async def completes(self, client: httpx.AsyncClient) -> bool:
+        """Whether a real completion comes back."""
+        body = {"prompt": "def f(x):", "max_tokens": 1, "temperature": 0}
+        try:
+            if (await client.get("/health")).status_code != 200:
+                return False
+            return (await client.post("/v1/completions", json=body)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+async def _show_loading(stack: Stack, done: asyncio.Event) -> None:
+    """Progress bars of the weights, from the services' own reports, until `done`."""
+    bus = await Bus.connect(stack.nats_url, "up", f"up-{os.getpid()}")
+    fleet = Fleet()
+    await fleet.watch(bus)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TextColumn("{task.fields[state]}"))
+    bars: dict[str, TaskID] = {}
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            while not done.is_set():
+                for status in [*fleet.live("expert"), *fleet.live("router")]:
+                    if status.instance not in bars:
+                        bars[status.instance] = progress.add_task(status.instance, total=None, state="")
+                    total = status.total_bytes or None
+                    bar = bars[status.instance]
+                    progress.update(bar, total=total, completed=status.loaded_bytes, state=status.state)
+                await asyncio.sleep(0.1)
+    finally:
+        await bus.abort()
+
+
+async def _announce(stack: Stack) -> None:
+    """Wait for the first real completion, then say ready."""
+    done = asyncio.Event()
+    bars = asyncio.create_task(_show_loading(stack, done), name="progress")
+    token = os.environ.get("API_AUTH_TOKEN", "")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        async with httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=30, trust_env=False) as client:
+            while not await stack.completes(client):
+                await asyncio.sleep(0.1)
+    finally:
+        done.set()
+        with contextlib.suppress(MoeError):
+            await bars
+    sys.stdout.write(f"ready {stack.url}\n")
+    sys.stdout.flush()
+
+
+async def up(plan: Plan) -> None:
+    """Run the stack until SIGINT or SIGTERM.
+
+    Raises:
+        StartError: a wrong model, a taken port, or a service that refuses to start.
+
+    """
+    shutdown = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with tempfile.TemporaryDirectory(prefix="openmoe-", ignore_cleanup_errors=True) as temporary:
+        folder = plan.data_dir or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        stack = Stack(plan, folder)
+        stack.prepare()
+
+        def on_signal() -> None:
+            if shutdown.is_set():
+                os._exit(1)  # the children follow: they die with their parent
+            shutdown.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        keepers = [asyncio.create_task(child.keep(), name=f"keep:{child.name}") for child in stack.children]
+        announce = asyncio.create_task(_announce(stack), name="announce")
+        stop = asyncio.create_task(shutdown.wait(), name="shutdown")
+        try:
+            waiting = {*keepers, stop, announce}
+            while True:
+                finished, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    task.result()
+                if stop in finished:
+                    return
+        finally:
+            announce.cancel()
+            stop.cancel()
+            await stack.stop()
+            for task in keepers:
+                task.cancel()
+            await asyncio.gather(*keepers, announce, stop, return_exceptions=True)

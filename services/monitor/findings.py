@@ -1,0 +1,36 @@
+"""What is wrong in the fleet: a pure function of two looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.status import Status
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One alert: its kind, what it is about, and a sentence."""
+
+    kind: str
+    subject: str
+    text: str
+
+
+def findings(before: Sequence[Status], now: Sequence[Status]) -> list[Finding]:
+    """Instances that fell silent without draining, and shards that nobody serves although a router needs them."""
+    present = {s.instance for s in now}
+    found = [
+        Finding("service_down", s.instance, f"{s.service} {s.instance} has fallen silent")
+        for s in before
+        if s.instance not in present and s.state != "draining"
+    ]
+    for deployment in sorted({s.deployment for s in now if s.service == "router" and s.state == "ready"}):
+        mine = [s for s in now if s.deployment == deployment]
+        served = {shard for s in mine if s.service == "expert" and s.state == "ready" for shard in s.shards}
+        found += [
+            Finding("shard_without_replica", f"{deployment}/{shard}", f"no worker serves shard {shard} of {deployment}")
+            for shard in range(max((s.num_shards for s in mine), default=0))
+            if shard not in served
+        ]
+    return found

@@ -1,0 +1,90 @@
+"""The monitor as a service: looks at the fleet each second, tells what is wrong. Never on a request's path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import msgspec
+import structlog
+
+from services.monitor.findings import Finding, findings
+from shared import subjects
+from shared.bus import Bus
+from shared.errors import MoeError
+from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS
+from shared.service import base_status, instance_name, serve_metrics, service_context, until
+from shared.settings import MonitorSettings
+from shared.status import Fleet, Status, StatusReporter
+
+log = structlog.get_logger()
+
+
+class Monitor:
+    """Remembers the last look, and what was already said."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._before: list[Status] = []
+        self._open: set[tuple[str, str]] = set()
+
+    async def run(self, bus: Bus) -> None:
+        while True:
+            await self._look(bus)
+            await asyncio.sleep(1)
+
+    async def _look(self, bus: Bus) -> None:
+        now = self._fleet.live()
+        found = findings(self._before, now)
+        self._before = now
+        self._gauges(now)
+        current = {(f.kind, f.subject) for f in found}
+        for finding in found:
+            if (finding.kind, finding.subject) not in self._open:
+                await self._tell(bus, finding)
+        self._open = current
+
+    def _gauges(self, now: list[Status]) -> None:
+        INSTANCES.clear()
+        SHARD_REPLICAS.clear()
+        for status in now:
+            INSTANCES.labels(status.service, status.state).inc()
+            if status.service == "expert" and status.state == "ready":
+                for shard in status.shards:
+                    SHARD_REPLICAS.labels(status.deployment, str(shard)).inc()
+
+    async def _tell(self, bus: Bus, finding: Finding) -> None:
+        log.warning("alert", kind=finding.kind, subject=finding.subject, text=finding.text)
+        EVENTS.labels("alert").inc()
+        event = {"kind": finding.kind, "subject": finding.subject, "text": finding.text, "time": time.time()}
+        try:
+            await bus.publish(subjects.event("alert"), json.dumps(event).encode())
+        except MoeError as error:
+            log.warning("alert.unpublished", reason=error.message)
+
+
+async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
+    """Run the monitor until `shutdown`.
+
+    Raises:
+        StartError: a taken port, no NATS.
+
+    """
+    instance = instance_name(settings, "monitor")
+    address, stop_metrics = serve_metrics(settings)
+    base = base_status(settings, "monitor", instance, address)
+    reporter: StatusReporter | None = None
+
+    def status() -> Status:
+        cpu, memory = reporter.usage() if reporter else (0.0, 0)
+        return msgspec.structs.replace(base, state="ready", cpu=cpu, memory_bytes=memory)
+
+    try:
+        async with service_context(settings, "monitor", instance, status) as service:
+            reporter = service.reporter
+            fleet = Fleet(settings.stale_seconds)
+            await fleet.watch(service.bus)
+            await until(shutdown, Monitor(fleet).run(service.bus))
+    finally:
+        stop_metrics()
