@@ -11,6 +11,7 @@ import typer
 
 from shared.errors import StartError
 from shared.settings import DEMO_MODEL, refuse
+from training.command import train
 
 app = typer.Typer(help="Serve Mixture-of-Experts models from small services over NATS.", no_args_is_help=True)
 
@@ -44,6 +45,8 @@ def _service(name: str) -> None:
         runpy.run_module(f"services.{name}", run_name="__main__")
 
 
+app.command()(train)
+
 for _name in ("gateway", "router", "expert", "monitor"):
     _service(_name)
 
@@ -57,6 +60,45 @@ def status(nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://1
 
     try:
         Console().print(asyncio.run(fleet_table(nats_url)))
+    except StartError as error:
+        refuse(error)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="A running gateway.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message to begin with.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="0: the likeliest token each time.")] = 0.7,
+) -> None:
+    """Talk to a running gateway in the terminal; questions may also come through a pipe.
+
+    Example: echo "open a file" | openmoe chat --temperature 0
+    """
+    from services import chat_client
+
+    parameters = {"max_tokens": max_tokens, "temperature": temperature}
+    try:
+        chat_client.chat(chat_client.ChatClient(url, api_key, parameters, system))
+    except StartError as error:
+        refuse(error)
+
+
+@app.command()
+def config(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Defaults, as the README shows them.")] = False,
+) -> None:
+    """Check the environment and show every setting, its value, who reads it and what it means."""
+    from rich.console import Console
+
+    from services import config_table
+
+    try:
+        if markdown:
+            typer.echo(config_table.markdown(), nl=False)
+        else:
+            Console().print(config_table.table())
     except StartError as error:
         refuse(error)
 
