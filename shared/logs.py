@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from contextvars import ContextVar
 
@@ -12,6 +13,14 @@ from structlog.typing import EventDict, WrappedLogger
 from shared.settings import ServiceSettings
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The request in hand; several, separated by commas, where one step serves many."""
+
+_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}\Z")
+
+
+def safe_request_id(given: str) -> str:
+    """`given` if it may stand in a header and a log line, else nothing: CR/LF would inject protocol."""
+    return given if _SAFE_ID.match(given) else ""
 
 
 def _add_request_id(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -21,7 +21,7 @@ from shared.compute import Compute, select_device, select_dtype, set_threads
 from shared.errors import BadMessageError, MoeError
 from shared.experts import ExpertBank, shard_experts
 from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES
-from shared.logs import request_id
+from shared.logs import request_id, safe_request_id
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import ExpertSettings
 from shared.status import Fleet, Status
@@ -71,6 +71,7 @@ class Worker:
         self._address, self._stop_metrics = serve_metrics(settings)
         self._base = base_status(settings, "expert", self._instance, self._address)
         self._owned: frozenset[int] = frozenset()
+        self._noted: set[str] = set()
 
     async def run(self, shutdown: asyncio.Event) -> None:
         """Serve until `shutdown`, then finish what is in flight."""
@@ -202,8 +203,7 @@ class Worker:
 
         async def answer(message: Msg) -> None:
             headers = message.headers
-            if headers and REQUEST_ID in headers:
-                request_id.set(headers[REQUEST_ID])
+            self._note_requests((headers or {}).get(REQUEST_ID, ""))
             deadline = budget_deadline(headers, time.monotonic()) if headers and BUDGET_MS in headers else None
             start = time.perf_counter()
             try:
@@ -219,6 +219,16 @@ class Worker:
             await bus.reply(message, reply)
 
         return answer
+
+    def _note_requests(self, ids: str) -> None:
+        """Say once per request that this worker serves it; while nothing changes, this is one comparison."""
+        if ids == request_id.get():
+            return
+        request_id.set(ids)
+        served = {i for i in map(safe_request_id, ids.split(",")) if i}
+        for new in served - self._noted:
+            log.info("request.served", request_id=new)
+        self._noted = served
 
     def _answer(self, data: bytes, deadline: float | None) -> bytes:
         """One call, in the compute thread: decode, check, compute, encode."""

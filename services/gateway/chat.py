@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,22 +9,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from services.gateway.completions import check_room, usage
-from services.gateway.context import Context, parse
+from services.gateway.context import Context, Envelope, parse
 from services.gateway.generation import Piece
 from services.gateway.openai_types import ChatRequest
 from services.gateway.sse import begin, while_connected
 from services.router.messages import GenerateRequest
 from shared.errors import MoeError
-from shared.logs import request_id
-
-
-def _envelope(context: Context, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{request_id.get()}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": context.model_name,
-    }
 
 
 def routes(context: Context) -> APIRouter:
@@ -34,14 +23,14 @@ def routes(context: Context) -> APIRouter:
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         tokenizer = context.tokenizer
-        return {"token": tokenizer.token_text(token), "logprob": logprob, "bytes": tokenizer.token_bytes(token)}
+        return {"token": tokenizer.token_text(token), "logprob": logprob, "bytes": list(tokenizer.token_bytes(token))}
 
     def logprobs(body: ChatRequest, piece: Piece) -> list[dict[str, Any]]:
         if not body.logprobs:
             return []
         return [{**entry(p.token, p.logprob), "top_logprobs": [entry(*top) for top in p.top]} for p in piece.logprobs]
 
-    async def whole(body: ChatRequest, requests: list[GenerateRequest]) -> dict[str, Any]:
+    async def whole(body: ChatRequest, requests: list[GenerateRequest], envelope: Envelope) -> dict[str, Any]:
         texts: list[list[str]] = [[] for _ in requests]
         scores: list[list[dict[str, Any]]] = [[] for _ in requests]
         reasons: list[str | None] = [None] * len(requests)
@@ -52,7 +41,7 @@ def routes(context: Context) -> APIRouter:
             reasons[index] = piece.finish_reason
             tokens += len(piece.token_ids)
         return {
-            **_envelope(context, "chat.completion"),
+            **envelope,
             "choices": [
                 {
                     "index": i,
@@ -65,8 +54,9 @@ def routes(context: Context) -> APIRouter:
             "usage": usage(len(requests[0].token_ids), tokens),
         }
 
-    async def events(body: ChatRequest, requests: list[GenerateRequest]) -> AsyncIterator[dict[str, Any]]:
-        envelope = _envelope(context, "chat.completion.chunk")
+    async def events(
+        body: ChatRequest, requests: list[GenerateRequest], envelope: Envelope
+    ) -> AsyncIterator[dict[str, Any]]:
         tokens = 0
         started: set[int] = set()
         pieces = context.run(requests, body.stops)
@@ -104,15 +94,16 @@ def routes(context: Context) -> APIRouter:
         if body.max_tokens == 0:
             raise MoeError("invalid_request", "max_tokens: must be at least 1", param="max_tokens")
         check_room(context, [ids], wanted or 1)
+        envelope = context.envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
         requests = context.requests(
             body,
-            f"chatcmpl-{request_id.get()}",
+            envelope["id"],
             [ids],
             wanted or room,
             logprobs=(body.top_logprobs or 0) if body.logprobs else -1,
         )
         if body.stream:
-            return await begin(request, events(body, requests))
-        return JSONResponse(await while_connected(request, whole(body, requests)))
+            return await begin(request, events(body, requests, envelope))
+        return JSONResponse(await while_connected(request, whole(body, requests, envelope)))
 
     return router

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from services.gateway.context import Context, parse
+from services.gateway.context import Context, Envelope, parse
 from services.gateway.generation import Piece
 from services.gateway.openai_types import CompletionRequest
 from services.gateway.sse import begin, while_connected
 from services.router.messages import GenerateRequest, TokenLogprob
 from shared.errors import MoeError
-from shared.logs import request_id
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -138,12 +136,14 @@ def routes(context: Context) -> APIRouter:
     """The endpoint, bound to its context."""
     router = APIRouter(tags=["openai"])
 
-    async def whole(body: CompletionRequest, requests: list[GenerateRequest], prompt_tokens: int) -> dict[str, Any]:
+    async def whole(
+        body: CompletionRequest, requests: list[GenerateRequest], prompt_tokens: int, envelope: Envelope
+    ) -> dict[str, Any]:
         choices = _choices(context, body, requests)
         async for index, piece in context.run(requests, body.stops):
             choices[index].take(piece)
         return {
-            **_envelope(context),
+            **envelope,
             "choices": [
                 {
                     "index": c.index,
@@ -157,9 +157,9 @@ def routes(context: Context) -> APIRouter:
         }
 
     async def events(
-        body: CompletionRequest, requests: list[GenerateRequest], prompt_tokens: int
+        body: CompletionRequest, requests: list[GenerateRequest], prompt_tokens: int, envelope: Envelope
     ) -> AsyncIterator[dict[str, Any]]:
-        choices, envelope = _choices(context, body, requests), _envelope(context)
+        choices = _choices(context, body, requests)
         pieces = context.run(requests, body.stops)
         try:
             async for index, piece in pieces:
@@ -190,9 +190,10 @@ def routes(context: Context) -> APIRouter:
             raise MoeError("invalid_request", "max_tokens: 0 is only allowed with echo", param="max_tokens")
         check_room(context, prompts, max_tokens)
         logprobs = -1 if body.logprobs is None else body.logprobs
+        envelope = context.envelope("cmpl", "text_completion")
         requests = context.requests(
             body,
-            f"cmpl-{request_id.get()}",
+            envelope["id"],
             prompts,
             max_tokens,
             logprobs=logprobs,
@@ -200,16 +201,7 @@ def routes(context: Context) -> APIRouter:
         )
         prompt_tokens = sum(len(ids) for ids in prompts)
         if body.stream:
-            return await begin(request, events(body, requests, prompt_tokens))
-        return JSONResponse(await while_connected(request, whole(body, requests, prompt_tokens)))
+            return await begin(request, events(body, requests, prompt_tokens, envelope))
+        return JSONResponse(await while_connected(request, whole(body, requests, prompt_tokens, envelope)))
 
     return router
-
-
-def _envelope(context: Context) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{request_id.get()}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": context.model_name,
-    }

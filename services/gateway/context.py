@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import secrets
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -26,6 +27,7 @@ from shared.settings import GatewaySettings
 from shared.status import Fleet, Status
 
 B = TypeVar("B", bound=BaseModel)
+Envelope = dict[str, Any]
 MERGE_QUEUE_PIECES = 64
 
 
@@ -103,6 +105,15 @@ class Context:
         if len(text) < 2048:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    def envelope(self, prefix: str, kind: str) -> Envelope:
+        """What every answer of OpenAI's shape begins with; the id is ours, as clients may repeat theirs."""
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model_name,
+        }
 
     def sampling(self, body: GenerationParameters, seed: int) -> Sampling:
         bias = {int(token): value for token, value in (body.logit_bias or {}).items()}

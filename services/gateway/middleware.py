@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hmac
-import re
 import time
 import uuid
 
+import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.context import Context
 from services.gateway.failures import error_response
 from shared.errors import MoeError
 from shared.instrumentation import HTTP_REQUESTS, HTTP_SECONDS
-from shared.logs import request_id
+from shared.logs import request_id, safe_request_id
 from shared.settings import MIB
 
-_SAFE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}\Z")
+log = structlog.get_logger()
+
 OPEN_PATHS = {"/health"}
 ALWAYS = {"/health", "/live", "/metrics", "/version", "/load", "/performance-report"}
 
@@ -42,8 +43,7 @@ class Gatekeeper:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        identifier = given if _SAFE_ID.match(given) else uuid.uuid4().hex
+        identifier = safe_request_id(headers.get(b"x-request-id", b"").decode("latin-1")) or uuid.uuid4().hex
         request_id.set(identifier)
         start = time.perf_counter()
         path = scope["path"] if scope["path"] in self._endpoints else "other"
@@ -75,7 +75,10 @@ class Gatekeeper:
         finally:
             self._context.open_requests -= 1
             HTTP_REQUESTS.labels(path, scope["method"], str(status)).inc()
-            HTTP_SECONDS.labels(path).observe(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            HTTP_SECONDS.labels(path).observe(seconds)
+            say = log.debug if scope["path"] in ALWAYS else log.info
+            say("http.request", method=scope["method"], path=scope["path"], status=status, seconds=round(seconds, 4))
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._token and path not in OPEN_PATHS and not authorized(headers.get(b"authorization", b""), self._token):

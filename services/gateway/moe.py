@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Annotated, Any
 
 import msgspec
@@ -120,7 +121,7 @@ def routes(context: Context) -> APIRouter:
 
     async def route_tokens(ids: list[int]) -> Array:
         wanted = GenerateRequest(
-            id=f"route-{request_id.get()}", token_ids=ids, max_tokens=0, return_routing=True, client=context.instance
+            id=f"route-{uuid.uuid4().hex}", token_ids=ids, max_tokens=0, return_routing=True, client=context.instance
         )
         rows: list[Array] = []
         async for _, piece in context.run([wanted], []):

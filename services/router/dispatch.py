@@ -10,11 +10,12 @@ import torch
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
 from shared import subjects, wire
-from shared.bus import BUDGET_MS, Bus, Headers, NoRespondersError
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Headers, NoRespondersError
 from shared.checkpoint import ModelConfig
 from shared.compute import Compute
 from shared.errors import MoeError
 from shared.instrumentation import DISPATCH_RETRIES, DISPATCH_SECONDS
+from shared.logs import request_id
 from shared.tensors import WIRE_DTYPE, from_wire, to_wire
 
 CALL_SECONDS = 10.0
@@ -133,7 +134,7 @@ class BusExperts:
         nobody_since: float | None = None
         while True:
             timeout = min(CALL_SECONDS, deadline - now)
-            headers: Headers = {BUDGET_MS: f"{timeout * 1000:.0f}"}
+            headers: Headers = {BUDGET_MS: f"{timeout * 1000:.0f}", REQUEST_ID: request_id.get()}
             try:
                 return await self._bus.request(self._subjects[call.shard], call.data, timeout=timeout, headers=headers)
             except NoRespondersError:

@@ -29,11 +29,14 @@ from shared.instrumentation import (
     QUEUE_TIME,
     STEP_SECONDS,
 )
+from shared.logs import request_id
 from shared.tensors import to_wire
 
 log = structlog.get_logger()
 
 NEVER = 2**62
+NAMED_REQUESTS = 16
+"""So many ids go along with a step's expert calls: a header has its price."""
 
 
 @dataclass
@@ -145,6 +148,8 @@ class Engine:
     async def step(self, work: list[Work]) -> None:
         """One step: run all tokens of `work` through the model, choose the next tokens, tell the clients."""
         start = time.perf_counter()
+        # The experts' calls, and their logs, name the requests that they serve.
+        request_id.set(",".join(w.sequence.request_id for w in work[:NAMED_REQUESTS]))
         want_routing = any(w.sequence.request.return_routing for w in work)
         batch = await self._compute(self._build, work)
         result = await forward(self._model, self._experts, self._compute, self._cache, batch, want_routing=want_routing)
@@ -292,6 +297,7 @@ class Engine:
             if finish:
                 self.finished += 1
                 self._forget(s)
+                log.info("generation.finished", request_id=s.request_id, id=r.id, tokens=len(s.output), reason=finish)
             await self._sink(s, chunk)
 
     def _observe_token(self, s: Sequence, now: float, finish: FinishReason | None) -> None:

@@ -37,7 +37,7 @@ from shared.instrumentation import (
     REQUESTS_RUNNING,
     REQUESTS_WAITING,
 )
-from shared.logs import request_id
+from shared.logs import request_id, safe_request_id
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import RouterSettings
 from shared.status import Fleet, Status
@@ -215,7 +215,7 @@ class Router:
             for sequence in self._engine.sequences():
                 client = sequence.request.client
                 if client in self._known_clients and client not in live:
-                    log.warning("client.silent", client=client, id=sequence.request.id)
+                    log.warning("client.silent", client=client, id=sequence.request.id, request_id=sequence.request_id)
                     self._engine.cancel(sequence.request.id)
             await asyncio.sleep(1)
 
@@ -233,15 +233,15 @@ class Router:
             arrival=now,
             deadline=budget_deadline(headers, now),
             eos_token_ids=frozenset(self._config.eos_token_ids),
-            request_id=headers.get(REQUEST_ID, request.id),
+            request_id=safe_request_id(headers.get(REQUEST_ID, request.id)),
         )
         assert self._engine is not None  # noqa: S101 - subscribed only after the engine is there
         self._engine.submit(sequence)
         self._replies[request.id] = message.reply
         PROMPT_LENGTH.labels(self._settings.model_name).observe(sequence.prompt_length)
-        token = request_id.set(sequence.request_id)
-        log.debug("generation.accepted", id=request.id, prompt_tokens=sequence.prompt_length)
-        request_id.reset(token)
+        log.info(
+            "generation.accepted", request_id=sequence.request_id, id=request.id, prompt_tokens=sequence.prompt_length
+        )
         await self._bus.publish(message.reply, wire.encode(GenerateChunk(id=request.id, instance=self._instance)))
 
     def _check(self, request: GenerateRequest) -> None:
@@ -268,6 +268,7 @@ class Router:
         if request.layer not in self._config.moe_layers:
             raise MoeError("invalid_request", f"layer {request.layer} is not one of the MoE layers", param="layer")
         headers = message.headers or {}
+        request_id.set(safe_request_id(headers.get(REQUEST_ID, "")))
         deadline = budget_deadline(headers, time.monotonic())
         hidden = await self._compute(self._forward_input, request)
         if deadline is not None and time.monotonic() > deadline:
@@ -308,7 +309,7 @@ class Router:
         try:
             await self._bus.publish(reply, data, headers=headers)
         except MoeError as error:
-            log.warning("chunk.lost", id=sequence.request.id, code=error.code, reason=error.message)
+            log.warning("chunk.lost", request_id=sequence.request_id, code=error.code, reason=error.message)
             if error.code == "payload_too_large":
                 await self._bus.publish(reply, b"", headers=error_headers(error))
             if not last:
