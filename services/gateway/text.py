@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -11,10 +12,26 @@ from typing import Any, NoReturn, Self
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from shared.errors import CheckpointError, MoeError
 
 REPLACEMENT = "\ufffd"
+METASPACE = "\u2581"
+_BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>\Z")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's table).
+
+    Printable bytes stand for themselves, the others, in order, for the characters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 class TextTokenizer:
@@ -22,6 +39,8 @@ class TextTokenizer:
 
     def __init__(self, backend: Backend, template: jinja2.Template | None, variables: dict[str, Any]) -> None:
         self._backend = backend
+        self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._added = frozenset(backend.get_added_tokens_decoder())
         self._template = template
         self._variables = variables
 
@@ -70,12 +89,26 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def token_text(self, token: int) -> str:
-        """One token's own text, for logprobs; special tokens are shown."""
-        return self.decode([token], skip_special_tokens=False)
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; a token may be a part of a character."""
+        name = self._backend.id_to_token(token)
+        if name is None:  # the model's vocabulary may be padded beyond the tokenizer's
+            return b""
+        if token in self._added:
+            return name.encode()
+        if self._byte_level:
+            return bytes(_BYTE_OF[c] for c in name) if all(c in _BYTE_OF for c in name) else name.encode()
+        if _BYTE_FALLBACK.match(name):
+            return bytes([int(name[3:5], 16)])
+        return name.replace(METASPACE, " ").encode()
 
-    def token_bytes(self, token: int) -> list[int]:
-        return list(self.token_text(token).encode())
+    def token_text(self, token: int) -> str:
+        r"""One token's own text, for logprobs; a part of a character is shown as OpenAI does, `bytes:\xe2\x80`."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def render_chat(self, messages: list[dict[str, Any]]) -> str:
         """The prompt of a conversation, with the assistant's turn opened.
