@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from shared import wire
 from shared.checkpoint.index import TensorIndex
 from shared.errors import BadMessageError, CheckpointError
+from shared.settings import MIB
 
 TORCH_DTYPE: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -27,6 +28,9 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     "bool": torch.bool,
 }
 WIRE_DTYPE = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+
+REMAP_BYTES = 64 * MIB
+"""A mapped file is mapped anew after so much was read: pages that were copied out no longer count as our memory."""
 
 
 def to_wire(tensor: torch.Tensor) -> wire.Tensor:
@@ -65,6 +69,7 @@ class TensorReader:
         self._device = device
         self._on_bytes = on_bytes
         self._open: tuple[Path, Any] | None = None
+        self._read_bytes = 0
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -77,9 +82,10 @@ class TensorReader:
         self._stack.close()
 
     def _file(self, path: Path) -> Any:
-        if self._open is None or self._open[0] != path:
+        if self._open is None or self._open[0] != path or self._read_bytes >= REMAP_BYTES:
             self._open = None
             self._stack.close()
+            self._read_bytes = 0
             self._open = (path, self._stack.enter_context(safe_open(str(path), framework="pt")))
         return self._open[1]
 
@@ -99,6 +105,7 @@ class TensorReader:
             target.copy_(source)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{entry.file}: {name} cannot be read: {error}") from None
+        self._read_bytes += target.nbytes
         self._on_bytes(target.nbytes)
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -106,10 +113,3 @@ class TensorReader:
         target = torch.empty(shape, dtype=dtype, device=self._device)
         self.copy_into(target, name)
         return target
-
-
-def by_file(index: TensorIndex, names: list[str]) -> Iterator[str]:
-    """`names` ordered so that each file is opened once."""
-    missing = [name for name in names if name not in index.entries]
-    yield from missing
-    yield from sorted((n for n in names if n in index.entries), key=lambda n: str(index.entries[n].file))
