@@ -148,7 +148,6 @@ class Stack:
                 "WORKERS": str(self._plan.experts),
                 "EXPERT_SHARDS": str(self._shards),
                 "METRICS_PORT": "0",
-                "MONITOR_PORT": os.environ.get("MONITOR_PORT", "0"),
                 "INSTANCE": f"{service}-{number}-{suffix}",
             }
             command = [sys.executable, "-m", f"services.{service}"]

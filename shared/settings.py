@@ -94,8 +94,6 @@ class ExpertSettings(ComputeSettings):
 
 
 class MonitorSettings(ServiceSettings):
-    monitor_port: int = Field(8001, ge=0, le=65535, description="port of the monitor's page and API")
-    api_auth_token: str | None = Field(None, min_length=8, description="bearer token that clients must send")
     stale_seconds: float = Field(5, gt=0, le=600, description="a silent instance counts as down after this")
 
 

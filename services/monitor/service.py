@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 
 import msgspec
 import structlog
 
 from services.monitor.findings import Finding, findings
-from shared import subjects
+from services.monitor.messages import Event
+from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import MoeError
 from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS
@@ -57,9 +57,9 @@ class Monitor:
     async def _tell(self, bus: Bus, finding: Finding) -> None:
         log.warning("alert", kind=finding.kind, subject=finding.subject, text=finding.text)
         EVENTS.labels("alert").inc()
-        event = {"kind": finding.kind, "subject": finding.subject, "text": finding.text, "time": time.time()}
+        event = Event(kind=finding.kind, subject=finding.subject, text=finding.text, time=time.time())
         try:
-            await bus.publish(subjects.event("alert"), json.dumps(event).encode())
+            await bus.publish(subjects.event("alert"), wire.encode(event))
         except MoeError as error:
             log.warning("alert.unpublished", reason=error.message)
 
