@@ -59,7 +59,8 @@ def checkpoint_model(path: Path) -> Any:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """(all parameters, those that one token uses)."""
-    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    config = model.config  # Mixtral has a name of its own for the number of experts
+    experts, top_k = getattr(config, "num_experts", None) or config.num_local_experts, config.num_experts_per_tok
     total = active = 0
     for name, parameter in model.named_parameters():
         total += parameter.numel()
@@ -85,6 +86,8 @@ def export(model: Any, tokenizer: Tokenizer, folder: Path, *, init: Path | None)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if (init / name).exists():
                 shutil.copyfile(init / name, partial / name)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # weights are written for their owner only; a container's user must read them
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

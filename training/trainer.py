@@ -96,7 +96,7 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         if self._accelerator.is_main_process:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def _restore(self, model: Any, optimizer: torch.optim.Optimizer) -> int:
         """Go on from the newest checkpoint, if there is one; returns the steps that are done."""
