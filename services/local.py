@@ -18,7 +18,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
-from services.nats_server import binary, free_port, write_config
+from services.nats_server import USUAL_PORT, binary, free_port, write_config
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
 from shared.errors import MoeError, StartError
@@ -132,8 +132,9 @@ class Stack:
     def prepare(self) -> None:
         """Decide on every process."""
         if not self.nats_url:
-            port = free_port()
+            port = free_port(USUAL_PORT)
             self.nats_url = f"nats://127.0.0.1:{port}"
+            sys.stderr.write(f"nats-server {self.nats_url}\n")
             config = write_config(self._folder, port)
             self.children.append(Child("nats-server", [binary(), "--config", str(config)], dict(os.environ)))
         names = ["monitor", *["expert"] * self._plan.experts, *["router"] * self._plan.routers, "gateway"]

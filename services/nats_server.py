@@ -11,12 +11,20 @@ from pathlib import Path
 from shared.errors import StartError
 
 MAX_PAYLOAD = "8MB"
+USUAL_PORT = 4222
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
+def free_port(wanted: int = 0) -> int:
+    """A TCP port of the loopback interface that is free now: `wanted`, if it is."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+            probe.listen(1)
+        except OSError:
+            if not wanted:
+                raise
+            return free_port()
         return int(probe.getsockname()[1])
 
 

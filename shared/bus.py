@@ -7,21 +7,23 @@ the connection breaks, never buffer stale requests while reconnecting, keep call
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Self
 
-import nats
+import nats.errors
 import structlog
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from shared import subjects
 from shared.errors import HTTP_STATUS, MoeError
+from shared.nats_connection import Connection
 
 log = structlog.get_logger()
 
@@ -32,6 +34,9 @@ ERROR_CODE = "Nats-Service-Error-Code"
 HEADER_ALLOWANCE = 4096  # the server counts headers into max_payload, nats-py's own check does not
 STREAM_QUEUE_CHUNKS = 65536
 CONNECT_SECONDS = 2
+
+deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+"""While a handler runs: when, on the monotonic clock, its caller stops waiting. Counted from the message's arrival."""
 
 Headers = dict[str, str]
 ReplyCallback = Callable[[Msg], None]
@@ -68,13 +73,31 @@ def budget_deadline(headers: Headers | None, now: float) -> float | None:
         return None
 
 
+def raise_if_expired(expires: float | None) -> None:
+    """Refuse work that nobody waits for any more.
+
+    Raises:
+        MoeError: `deadline_exceeded`.
+
+    """
+    if expires is not None and time.monotonic() > expires:
+        raise MoeError("deadline_exceeded", "the caller no longer waits")
+
+
+def without_secrets(url: str) -> str:
+    """`url` without the user and password that it may carry."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
 @dataclass
 class Served:
     """One subscription's work: the callback only enqueues; `workers` tasks take from the bounded queue."""
 
     subject: str
     handler: Callable[[Msg], Awaitable[None]]
-    queue: asyncio.Queue[Msg]
+    queue: asyncio.Queue[tuple[Msg, float | None]]
+    queue_group: str = ""
     subscription: Subscription | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     requests: int = 0
@@ -94,7 +117,7 @@ class Served:
 class Bus:
     """One NATS connection of one service instance."""
 
-    def __init__(self, client: Client, service: str, instance: str) -> None:
+    def __init__(self, client: Connection, service: str, instance: str) -> None:
         self.service = service
         self.instance = instance
         self._client = client
@@ -129,29 +152,34 @@ class Bus:
         async def on_reconnect() -> None:
             log.info("bus.reconnected")
 
-        deadline = time.monotonic() + wait_seconds
+        give_up = time.monotonic() + wait_seconds
         delay = 0.1
         while True:
             try:
-                client = await nats.connect(
+                client = Connection()
+                await client.connect(
                     url,
                     name=f"{service}.{instance}",
                     error_cb=on_error,
                     disconnected_cb=on_disconnect,
                     reconnected_cb=on_reconnect,
-                    max_reconnect_attempts=-1,
+                    max_reconnect_attempts=1,
                     reconnect_time_wait=0.2 + random.random() * 0.3,  # noqa: S311 - jitter, not a secret
                     connect_timeout=CONNECT_SECONDS,
                     ping_interval=3,
                     max_outstanding_pings=2,
                     pending_size=0,  # nothing is buffered while reconnecting: it would be sent late
-                    allow_reconnect=True,
+                    allow_reconnect=False,
                 )
+                # Only once there was a server: the first attempt must end, so that this loop can say how it goes.
+                client.options.update(allow_reconnect=True, max_reconnect_attempts=-1)
                 break
             except Exception as error:  # nats-py raises a dozen types here; all mean "not yet"
-                if time.monotonic() + delay > deadline:
-                    raise MoeError("bus_unavailable", f"no NATS server at {url}: {error or 'no answer'}") from None
-                log.info("bus.waiting", url=url, retry_in_seconds=round(delay, 2))
+                if time.monotonic() + delay > give_up:
+                    raise MoeError(
+                        "bus_unavailable", f"no NATS server at {without_secrets(url)}: {error or 'no answer'}"
+                    ) from None
+                log.info("bus.waiting", url=without_secrets(url), retry_in_seconds=round(delay, 2))
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 2.0)
         bus = cls(client, service, instance)
@@ -264,21 +292,23 @@ class Bus:
 
         What the handler raises becomes one typed error reply; an unknown error's text goes to the log only.
         """
-        served = Served(subject, handler, asyncio.Queue(capacity))
+        served = Served(subject, handler, asyncio.Queue(capacity), queue_group)
 
         async def on_message(message: Msg) -> None:
             try:
-                served.queue.put_nowait(message)
+                served.queue.put_nowait((message, budget_deadline(message.headers, time.monotonic())))
             except asyncio.QueueFull:
                 served.refused += 1
                 await self.reply_error(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
 
         async def work() -> None:
             while True:
-                message = await served.queue.get()
+                message, expires = await served.queue.get()
                 start = time.perf_counter()
                 served.requests += 1
+                deadline.set(expires)
                 try:
+                    raise_if_expired(expires)
                     await handler(message)
                 except MoeError as error:
                     served.errors += 1
@@ -351,7 +381,9 @@ class Bus:
                 await self.flush()
             except Exception as error:  # the connection is going anyway
                 log.debug("bus.flush_failed", error=str(error))
-            await self._client.close()
+                self._client.drop_unsent()
+            with contextlib.suppress(OSError):
+                await self._client.close()
 
 
 class ReplyStream:

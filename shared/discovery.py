@@ -7,6 +7,7 @@ unhandled errors to callers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from nats.aio.msg import Msg
 
 from shared.bus import Bus
+from shared.errors import MoeError
 
 VERSION = "0.1.0"
 _TYPE = "io.nats.micro.v1"
@@ -32,7 +34,10 @@ async def answer(bus: Bus) -> None:
         if verb == "PING":
             return {**base, "type": f"{_TYPE}.ping_response"}
         if verb == "INFO":
-            endpoints = [{"name": endpoint(s.subject), "subject": s.subject, "metadata": {}} for s in bus.served]
+            endpoints = [
+                {"name": endpoint(s.subject), "subject": s.subject, "metadata": {}, "queue_group": s.queue_group}
+                for s in bus.served
+            ]
             description = f"OpenMoE {bus.service} service"
             return {**base, "type": f"{_TYPE}.info_response", "description": description, "endpoints": endpoints}
         stats = [
@@ -49,11 +54,15 @@ async def answer(bus: Bus) -> None:
         ]
         return {**base, "type": f"{_TYPE}.stats_response", "started": started, "endpoints": stats}
 
+    async def send(message: Msg, data: bytes) -> None:
+        with contextlib.suppress(MoeError):  # disconnected: whoever asked asks again
+            await bus.reply(message, data)
+
     pending: set[asyncio.Task[None]] = set()
 
     def on_message(message: Msg) -> None:
         verb = message.subject.split(".")[1]
-        task = asyncio.create_task(bus.reply(message, json.dumps(report(verb)).encode()), name="discovery")
+        task = asyncio.create_task(send(message, json.dumps(report(verb)).encode()), name="discovery")
         pending.add(task)
         task.add_done_callback(pending.discard)
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import structlog
 import uvloop
-from prometheus_client import start_http_server
+from prometheus_client import MetricsHandler
 
 from shared import discovery
-from shared.bus import Bus
+from shared.bus import Bus, without_secrets
 from shared.errors import MoeError, StartError
 from shared.instrumentation import REGISTRY
 from shared.logs import configure_logs
@@ -47,17 +50,40 @@ def base_status(settings: ServiceSettings, service: str, instance: str, address:
     )
 
 
-def serve_metrics(settings: ServiceSettings) -> tuple[str, Callable[[], None]]:
-    """Serve /metrics in a thread; returns its host:port and how to stop it.
+def serve_metrics(settings: ServiceSettings, is_ready: Callable[[], bool]) -> tuple[str, Callable[[], None]]:
+    """Serve /metrics, and /health for probes, in a thread; returns its host:port and how to stop it.
+
+    Args:
+        settings: the service's.
+        is_ready: asked from that thread, so it may only read; /health is 503 while it is false.
 
     Raises:
         StartError: if the port is taken.
 
     """
+
+    class Handler(MetricsHandler):
+        registry = REGISTRY
+        timeout = 5
+
+        def do_GET(self) -> None:  # noqa: N802 - the standard library's name
+            if self.path != "/health":
+                super().do_GET()
+                return
+            ready = is_ready()
+            body = json.dumps({"ready": ready}).encode()
+            self.send_response(200 if ready else 503)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
     try:
-        server, thread = start_http_server(settings.metrics_port, settings.host, registry=REGISTRY)
+        server = ThreadingHTTPServer((settings.host, settings.metrics_port), Handler)
     except OSError as error:
         raise StartError(f"METRICS_PORT={settings.metrics_port} on {settings.host}: {error.strerror}") from None
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
 
     def stop() -> None:
         server.shutdown()
@@ -88,7 +114,7 @@ async def service_context(
     try:
         bus = await Bus.connect(settings.nats_url, service, instance)
     except MoeError as error:
-        raise StartError(f"NATS_URL={settings.nats_url}: {error.message}") from None
+        raise StartError(f"NATS_URL={without_secrets(settings.nats_url)}: {error.message}") from None
     reporter = StatusReporter(bus, make_status)
     task = asyncio.create_task(reporter.run(), name="status")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Literal, NoReturn, Self, TypeVar
@@ -36,7 +37,17 @@ class ServiceSettings(BaseSettings):
     @field_validator("model")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+        try:
+            return value.expanduser().resolve()
+        except (RuntimeError, OSError) as error:  # ~nobody has no home
+            raise ValueError(str(error)) from None
+
+    @field_validator("nats_url")
+    @classmethod
+    def _is_nats(cls, value: str) -> str:
+        if not re.match(r"(nats|tls|ws|wss)://.+", value):
+            raise ValueError("must begin with nats://, tls://, ws:// or wss://")
+        return value
 
     @property
     def model_name(self) -> str:

@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from services.expert.messages import ExpertsReply, ExpertsRequest
 from services.expert.placement import choose_shards, shards_to_take_over
 from shared import subjects, wire
-from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Served, budget_deadline
+from shared.bus import REQUEST_ID, Bus, Served, deadline, raise_if_expired
 from shared.checkpoint import Checkpoint
 from shared.compute import Compute, select_device, select_dtype, set_threads
 from shared.errors import BadMessageError, MoeError
@@ -68,7 +68,9 @@ class Worker:
         self._fleet = Fleet()
         self._served: list[Served] = []
         self._uncovered_since: dict[int, float] = {}
-        self._address, self._stop_metrics = serve_metrics(settings)
+        self._address, self._stop_metrics = serve_metrics(
+            settings, lambda: self._state.ready and not self._state.draining
+        )
         self._base = base_status(settings, "expert", self._instance, self._address)
         self._owned: frozenset[int] = frozenset()
         self._noted: set[str] = set()
@@ -202,12 +204,10 @@ class Worker:
         calls, seconds = EXPERT_CALLS.labels(label), EXPERT_SECONDS.labels(label)
 
         async def answer(message: Msg) -> None:
-            headers = message.headers
-            self._note_requests((headers or {}).get(REQUEST_ID, ""))
-            deadline = budget_deadline(headers, time.monotonic()) if headers and BUDGET_MS in headers else None
+            self._note_requests((message.headers or {}).get(REQUEST_ID, ""))
             start = time.perf_counter()
             try:
-                reply = await self._compute(self._answer, message.data, deadline)
+                reply = await self._compute(self._answer, message.data, deadline.get())
             except MoeError as error:
                 self._state.errors += 1
                 EXPERT_ERRORS.labels(error.code).inc()
@@ -230,10 +230,9 @@ class Worker:
             log.info("request.served", request_id=new)
         self._noted = served
 
-    def _answer(self, data: bytes, deadline: float | None) -> bytes:
+    def _answer(self, data: bytes, expires: float | None) -> bytes:
         """One call, in the compute thread: decode, check, compute, encode."""
-        if deadline is not None and time.monotonic() > deadline:
-            raise MoeError("deadline_exceeded", "the caller no longer waits")
+        raise_if_expired(expires)
         request = wire.decode(ExpertsRequest, data)
         c = self._config
         if request.layer not in c.moe_layers:

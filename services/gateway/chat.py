@@ -94,7 +94,7 @@ def routes(context: Context) -> APIRouter:
         if body.max_tokens == 0:
             raise MoeError("invalid_request", "max_tokens: must be at least 1", param="max_tokens")
         check_room(context, [ids], wanted or 1)
-        envelope = context.envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion")
+        envelope = context.envelope("chatcmpl", "chat.completion.chunk" if body.stream else "chat.completion", body)
         requests = context.requests(
             body,
             envelope["id"],

@@ -190,7 +190,7 @@ def routes(context: Context) -> APIRouter:
             raise MoeError("invalid_request", "max_tokens: 0 is only allowed with echo", param="max_tokens")
         check_room(context, prompts, max_tokens)
         logprobs = -1 if body.logprobs is None else body.logprobs
-        envelope = context.envelope("cmpl", "text_completion")
+        envelope = context.envelope("cmpl", "text_completion", body)
         requests = context.requests(
             body,
             envelope["id"],

@@ -106,13 +106,16 @@ class Context:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
 
-    def envelope(self, prefix: str, kind: str) -> Envelope:
+    def envelope(self, prefix: str, kind: str, body: GenerationParameters) -> Envelope:
         """What every answer of OpenAI's shape begins with; the id is ours, as clients may repeat theirs."""
         return {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
             "model": self.model_name,
+            # The same seed gives the same text as long as this stays the same.
+            "system_fingerprint": self.deployment,
+            **({"usage": None} if body.include_usage else {}),
         }
 
     def sampling(self, body: GenerationParameters, seed: int) -> Sampling:

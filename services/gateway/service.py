@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import msgspec
@@ -13,10 +14,11 @@ from services.gateway.admission import Admission
 from services.gateway.app import build_app
 from services.gateway.context import Context
 from services.gateway.generation import Generator, Observations
+from services.gateway.operations import health
 from services.gateway.text import TextTokenizer
 from shared.checkpoint import Checkpoint
 from shared.errors import StartError
-from shared.service import base_status, instance_name, service_context
+from shared.service import base_status, instance_name, serve_metrics, service_context
 from shared.settings import GatewaySettings
 from shared.status import Fleet, Status, StatusReporter
 
@@ -52,10 +54,14 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
     base = base_status(settings, "gateway", instance, address)
     context: Context | None = None
     reporter: StatusReporter | None = None
+    healthy = False
+    _, stop_metrics = serve_metrics(settings, lambda: healthy)
 
     def status() -> Status:
+        nonlocal healthy
         if context is None or reporter is None:
             return base
+        healthy, _ = health(context)
         cpu, memory = reporter.usage()
         o = context.observations
         return msgspec.structs.replace(
@@ -71,7 +77,9 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             memory_bytes=memory,
         )
 
-    async with service_context(settings, "gateway", instance, status) as service:
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(stop_metrics)
+        service = await stack.enter_async_context(service_context(settings, "gateway", instance, status))
         reporter = service.reporter
         fleet = Fleet()
         await fleet.watch(service.bus)

@@ -72,7 +72,8 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
 
     """
     instance = instance_name(settings, "monitor")
-    address, stop_metrics = serve_metrics(settings)
+    bus: Bus | None = None
+    address, stop_metrics = serve_metrics(settings, lambda: bus is not None and bus.connected)
     base = base_status(settings, "monitor", instance, address)
     reporter: StatusReporter | None = None
 
@@ -82,7 +83,7 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
 
     try:
         async with service_context(settings, "monitor", instance, status) as service:
-            reporter = service.reporter
+            reporter, bus = service.reporter, service.bus
             fleet = Fleet(settings.stale_seconds)
             await fleet.watch(service.bus)
             await until(shutdown, Monitor(fleet).run(service.bus))

@@ -49,7 +49,7 @@ def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     """The next token of each sequence, from its row of `logits` [B, V] float32, which may be overwritten.
 
     Order: penalties and bias, temperature, top_k, top_p, min_p; then the inverse of the cumulative distribution over
-    tokens in descending order.
+    token ids.
     """
     for row, sequence in enumerate(sequences):
         if _needs_penalties(sequence.request.sampling):
@@ -80,12 +80,14 @@ def _draw(logits: torch.Tensor, params: list[Sampling], draws: torch.Tensor) -> 
     # The first token always stays: nothing comes before it.
     dropped = (before >= column([s.top_p for s in params])) & (rank > 0)
     dropped |= probs < column([s.min_p for s in params]) * probs[:, :1]
-    probs = probs.masked_fill(dropped, 0.0)
-    cumulative = probs.cumsum(dim=-1)
-    at = torch.searchsorted(cumulative, (draws[:, None] * cumulative[:, -1:]), right=True).clamp(max=vocab - 1)
+    # In order of token ids, not of probability: two tokens that are all but equally likely change places with the
+    # last bit of a logit, and the draw between them would then depend on what else was in the batch.
+    by_token = torch.zeros_like(probs).scatter(1, order, probs.masked_fill(dropped, 0.0))
+    cumulative = by_token.cumsum(dim=-1)
+    at = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
     # A draw that rounds onto the end must not fall behind the last token that may be chosen.
-    last = (probs > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
-    return order.gather(1, torch.minimum(at, last)).squeeze(1)
+    last = torch.where(by_token > 0, rank, 0).amax(dim=-1, keepdim=True)
+    return torch.minimum(at, last).squeeze(1)
 
 
 def logprobs(logits: torch.Tensor, tokens: list[int], top: list[int]) -> list[TokenLogprob]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import msgspec
@@ -26,7 +27,7 @@ from services.router.model import DenseModel
 from services.router.scheduler import Scheduler
 from services.router.sequence import Sequence
 from shared import subjects, wire
-from shared.bus import REQUEST_ID, Bus, Headers, Served, budget_deadline, error_headers
+from shared.bus import REQUEST_ID, Bus, Headers, Served, deadline, error_headers, raise_if_expired
 from shared.checkpoint import Checkpoint
 from shared.compute import Compute, select_device, select_dtype, set_threads
 from shared.errors import BadMessageError, MoeError, StartError
@@ -80,7 +81,7 @@ class Router:
             )
         self.max_model_len = min(wanted, capacity)
         self._blocks = blocks
-        self._address, self._stop_metrics = serve_metrics(settings)
+        self._address, self._stop_metrics = serve_metrics(settings, lambda: self._state == "ready")
         self._base = base_status(settings, "router", self._instance, self._address)
         self._engine: Engine | None = None
         self._experts: BusExperts | None = None
@@ -231,7 +232,7 @@ class Router:
         sequence = Sequence(
             request,
             arrival=now,
-            deadline=budget_deadline(headers, now),
+            deadline=deadline.get(),
             eos_token_ids=frozenset(self._config.eos_token_ids),
             request_id=safe_request_id(headers.get(REQUEST_ID, request.id)),
         )
@@ -269,10 +270,8 @@ class Router:
             raise MoeError("invalid_request", f"layer {request.layer} is not one of the MoE layers", param="layer")
         headers = message.headers or {}
         request_id.set(safe_request_id(headers.get(REQUEST_ID, "")))
-        deadline = budget_deadline(headers, time.monotonic())
         hidden = await self._compute(self._forward_input, request)
-        if deadline is not None and time.monotonic() > deadline:
-            raise MoeError("deadline_exceeded", "the caller no longer waits")
+        raise_if_expired(deadline.get())
         assert self._model is not None  # noqa: S101 - subscribed only after the model is there
         assert self._experts is not None  # noqa: S101
         routing = await self._compute(self._model.gate, request.layer, hidden)
@@ -311,7 +310,8 @@ class Router:
         except MoeError as error:
             log.warning("chunk.lost", request_id=sequence.request_id, code=error.code, reason=error.message)
             if error.code == "payload_too_large":
-                await self._bus.publish(reply, b"", headers=error_headers(error))
+                with contextlib.suppress(MoeError):  # the connection went just now: nobody is there to be told
+                    await self._bus.publish(reply, b"", headers=error_headers(error))
             if not last:
                 self._replies.pop(sequence.request.id, None)
                 if self._engine is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,6 +93,8 @@ class _Reader:
         value = default if value is None else value
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise self.fail(f"{key} must be a number, not {value!r}")
+        if value is not None and not 0 <= value < sys.float_info.max:  # NaN is neither
+            raise self.fail(f"{key} must be finite and not negative, not {str(value)[:40]}")
         return None if value is None else float(value)
 
     def flag(self, key: str, *, default: bool) -> bool:
@@ -124,6 +127,8 @@ def _rope(r: _Reader, family: Family, max_position: int) -> RopeConfig:
         if kind not in ("default", "yarn"):
             raise r.fail(f"rope type {kind!r} needs a factor")
         factor = max_position / original
+    if not factor:
+        raise r.fail("rope's factor must be above 0")
     return RopeConfig(
         type=kind,
         theta=theta or DEFAULT_THETA[family],

@@ -45,8 +45,10 @@ def _read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(f.read(length))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{file} is not a safetensors file: its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} is not a safetensors file: its header is no JSON object")
     entries = {}
     for name, info in header.items():
         if name == "__metadata__":
@@ -56,6 +58,9 @@ def _read_header(file: Path) -> dict[str, Entry]:
             entry = Entry(file, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin)
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{file}: the header's entry for {name} is damaged") from None
+        numbers = (begin, end, entry.nbytes, *entry.shape)
+        if not isinstance(entry.dtype, str) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise CheckpointError(f"{file}: the header's entry for {name} is damaged")
         if entry.start + entry.nbytes > size:
             missing = entry.start + entry.nbytes - size
             raise CheckpointError(f"{file} is truncated: {name} ends {missing} bytes after the file's end")
