@@ -1,0 +1,36 @@
+"""`openmoe up` for the time of a measurement."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+READY_SECONDS = 300
+STOP_SECONDS = 30
+
+
+@contextlib.asynccontextmanager
+async def stack(*arguments: str, **environment: str) -> AsyncIterator[str]:
+    """Start a stack on a free port; gives its URL once it has produced a completion, and stops it after."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None  # noqa: S101 - asked for above
+    try:
+        async with asyncio.timeout(READY_SECONDS):
+            while not (line := await process.stdout.readline()).startswith(b"ready "):
+                if not line:
+                    raise SystemExit("openmoe up ended before it was ready; run it by itself to see why")
+        yield line.split()[1].decode()
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(STOP_SECONDS):
+            await process.wait()
