@@ -58,9 +58,7 @@ class Child:
     command: list[str]
     environment: dict[str, str]
     process: asyncio.subprocess.Process | None = None
-    stopping: bool = False
-    restarts: int = 0
-    ready: Callable[[], bool] = field(default=lambda: True)
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self) -> None:
         """Start it in a process group of its own: a terminal's Ctrl-C reaches the supervisor only."""
@@ -73,11 +71,11 @@ class Child:
             preexec_fn=_die_with_parent,
         )
 
-    async def keep(self) -> None:
+    async def keep(self, is_up: Callable[[], bool]) -> None:
         """Restart it whenever it ends by itself, with backoff.
 
         Raises:
-            StartError: it refused to start (exit code 2); its own line has said why.
+            StartError: it refused to start (exit code 2) before all of the stack was up; its own line has said why.
 
         """
         delay = FIRST_BACKOFF_SECONDS
@@ -86,20 +84,23 @@ class Child:
             await self.start()
             assert self.process is not None  # noqa: S101 - start() made it
             code = await self.process.wait()
-            if self.stopping:
+            if self.stopping.is_set():
                 return
-            if code == 2:
+            if code == 2 and not is_up():
                 raise StartError(f"{self.name} refused to start")
             if time.monotonic() - started > MAX_BACKOFF_SECONDS:
                 delay = FIRST_BACKOFF_SECONDS
             sys.stderr.write(f"{self.name} ended with code {code}; restarting in {delay:g} s\n")
-            self.restarts += 1
-            await asyncio.sleep(delay)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self.stopping.wait()
+            if self.stopping.is_set():
+                return
             delay = min(delay * 2, MAX_BACKOFF_SECONDS)
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL after a while."""
-        self.stopping = True
+        self.stopping.set()
         if self.process is None or self.process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -118,7 +119,6 @@ class Stack:
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         checkpoint = Checkpoint.open(plan.model)
-        self._deployment_model = checkpoint.path
         self._plan = plan
         self._folder = folder
         self._shards = plan.shards or min(plan.experts, checkpoint.config.num_experts)
@@ -157,7 +157,7 @@ class Stack:
     async def stop(self) -> None:
         """In the order of a request's path, so that each finds what it still needs."""
         for child in reversed(self.children):
-            child.stopping = True
+            child.stopping.set()
         for child in reversed(self.children):
             await child.stop()
 
@@ -233,8 +233,10 @@ async def up(plan: Plan) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        keepers = [asyncio.create_task(child.keep(), name=f"keep:{child.name}") for child in stack.children]
         announce = asyncio.create_task(_announce(stack), name="announce")
+        keepers = [
+            asyncio.create_task(child.keep(announce.done), name=f"keep:{child.name}") for child in stack.children
+        ]
         stop = asyncio.create_task(shutdown.wait(), name="shutdown")
         try:
             waiting = {*keepers, stop, announce}

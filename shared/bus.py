@@ -23,6 +23,7 @@ from nats.aio.subscription import Subscription
 
 from shared import subjects
 from shared.errors import HTTP_STATUS, MoeError
+from shared.instrumentation import BUS_DROPPED
 from shared.nats_connection import Connection
 
 log = structlog.get_logger()
@@ -127,7 +128,6 @@ class Bus:
         self._lost: dict[str, Callable[[MoeError], None]] = {}
         self.served: list[Served] = []
         self._watching: list[Subscription] = []
-        self.dropped = 0
 
     @classmethod
     async def connect(cls, url: str, service: str, instance: str, *, wait_seconds: float = 60) -> Self:
@@ -140,8 +140,8 @@ class Bus:
         bus: Self | None = None
 
         async def on_error(error: Exception) -> None:
-            if bus is not None and isinstance(error, nats.errors.SlowConsumerError):
-                bus.dropped += 1
+            if isinstance(error, nats.errors.SlowConsumerError):
+                BUS_DROPPED.inc()
             log.warning("bus.error", error=str(error) or type(error).__name__)
 
         async def on_disconnect() -> None:
@@ -218,7 +218,7 @@ class Bus:
             raise MoeError("payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}")
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
-        except nats.errors.Error as error:
+        except (nats.errors.Error, OSError) as error:
             raise MoeError("bus_unavailable", f"NATS refused the message: {error}") from error
 
     async def request(self, subject: str, data: bytes, *, timeout: float, headers: Headers | None = None) -> bytes:
@@ -360,14 +360,17 @@ class Bus:
                 log.warning("reply.lost", code=error.code, reason=failure.message)
 
     async def flush(self) -> None:
-        if self.connected:
-            await self._client.flush(timeout=CONNECT_SECONDS)
+        """Return when everything sent so far has reached the server.
 
-    async def close(self) -> None:
-        """Finish what is in flight, then close. Bounded by the caller's deadline."""
-        for served in self.served:
-            await served.stop_taking()
-        await self.abort()
+        Raises:
+            MoeError: `bus_unavailable`, if that takes too long.
+
+        """
+        if self.connected:
+            try:
+                await self._client.flush(timeout=CONNECT_SECONDS)
+            except (nats.errors.Error, OSError) as error:
+                raise MoeError("bus_unavailable", f"NATS does not answer: {error}") from error
 
     async def abort(self) -> None:
         """Close without waiting for work in flight."""
@@ -379,8 +382,8 @@ class Bus:
         if not self._client.is_closed:
             try:
                 await self.flush()
-            except Exception as error:  # the connection is going anyway
-                log.debug("bus.flush_failed", error=str(error))
+            except MoeError as error:  # the connection is going anyway
+                log.debug("bus.flush_failed", error=error.message)
                 self._client.drop_unsent()
             with contextlib.suppress(OSError):
                 await self._client.close()
@@ -418,11 +421,14 @@ class ReplyStream:
         raise_for_error(item)
         return bytes(item.data)
 
+    def close(self) -> None:
+        self._bus._forget(self._token)  # noqa: SLF001
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._bus._forget(self._token)  # noqa: SLF001
+        self.close()
 
 
 def error_headers(error: MoeError) -> Headers:

@@ -14,6 +14,9 @@ _DISPATCH = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+# every service
+BUS_DROPPED = Counter("moe_bus_dropped_messages_total", "messages dropped, as they came too fast", registry=REGISTRY)
+
 # gateway: what clients see
 HTTP_REQUESTS = Counter("moe_http_requests_total", "HTTP requests", ["endpoint", "method", "status"], registry=REGISTRY)
 HTTP_SECONDS = Histogram(

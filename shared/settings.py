@@ -80,7 +80,7 @@ class GatewaySettings(ServiceSettings):
 
 class RouterSettings(ComputeSettings):
     batch_size: int = Field(16, ge=1, le=4096, description="sequences that decode together")
-    max_waiting: int = Field(1024, ge=0, le=1_000_000, description="sequences in a router's line; more are refused")
+    max_waiting: int = Field(1024, ge=1, le=1_000_000, description="sequences in a router's line; more are refused")
     prefill_chunk_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens per step, all prompts together")
     kv_cache_mb: int = Field(512, ge=1, description="memory for the KV cache")
     kv_block_tokens: int = Field(16, ge=1, le=1024, description="tokens in one KV block")

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Literal
 
 import psutil
+import structlog
 from nats.aio.msg import Msg
 
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import BadMessageError, MoeError
+
+log = structlog.get_logger()
 
 STATUS_INTERVAL_SECONDS = 1.0
 STALE_SECONDS = 3.5
@@ -41,6 +44,8 @@ class Status(wire.Message, frozen=True, kw_only=True):
     """Shards that an expert worker serves now."""
     wanted_shards: tuple[int, ...] = ()
     """Shards that it is loading."""
+    pinned: bool = False
+    """Its shards are set by the operator: it takes no others over."""
     loaded_bytes: int = 0
     total_bytes: int = 0
     running: int = 0
@@ -80,7 +85,10 @@ class StatusReporter:
 
     async def run(self) -> None:
         while True:
-            await self.publish()
+            try:
+                await self.publish()
+            except Exception:  # a report that cannot be made must not silence all later ones
+                log.exception("status.failed")
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_INTERVAL_SECONDS):

@@ -39,7 +39,7 @@ def choose_shards(me: Status, workers: Sequence[Status], num_shards: int, expect
 
 def shards_to_take_over(me: Status, workers: Sequence[Status], num_shards: int) -> tuple[int, ...]:
     """Shards that nobody serves or loads and that fall to `me`: each goes to the ready worker with fewest shards."""
-    ready = {w.instance: len(w.shards) for w in [*workers, me] if w.state == "ready"}
+    ready = {w.instance: len(w.shards) for w in [*workers, me] if w.state == "ready" and not w.pinned}
     if me.instance not in ready:
         return ()
     claimed = {shard for w in [*workers, me] for shard in {*w.shards, *w.wanted_shards}}

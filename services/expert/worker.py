@@ -63,6 +63,8 @@ class Worker:
         self._dtype = select_dtype(settings, checkpoint.config)
         self._bank = ExpertBank(checkpoint, dtype=self._dtype, device=self._device)
         self._compute = Compute()
+        self._loading = Compute()
+        """A thread of its own: shards that are taken over load beside the answers for those already served."""
         self._state = _State()
         self._instance = instance_name(settings, "expert")
         self._fleet = Fleet()
@@ -84,6 +86,8 @@ class Worker:
                 await until(shutdown, self._live(context.bus))
                 await self._drain(context.bus)
         finally:
+            self._state.draining = True  # ends a load under way, which close() waits for
+            self._loading.close()
             self._compute.close()
             self._stop_metrics()
 
@@ -106,13 +110,14 @@ class Worker:
         s = self._state
         state = "draining" if s.draining else "ready" if s.ready else "loading" if s.wanted else "starting"
         cpu, memory = self._reporter.usage()
-        return replace_status(
+        return msgspec.structs.replace(
             self._base,
             deployment=self._deployment,
             state=state,
             num_shards=self._settings.expert_shards,
             shards=s.shards if s.ready else (),
             wanted_shards=s.wanted,
+            pinned=bool(self._settings.pinned_shards),
             loaded_bytes=s.loaded_bytes,
             total_bytes=s.total_bytes,
             waiting=sum(served.queue.qsize() for served in self._served),
@@ -159,10 +164,11 @@ class Worker:
         await self._reporter.publish()
         for shard in shards:
             experts = shard_experts(num_experts, num_shards, shard)
-            await self._compute(self._bank.load, experts, self._on_bytes)
+            await self._loading(self._bank.load, experts, self._on_bytes)
+            for expert in experts:
+                await self._compute(self._warm_up, expert)
             self._owned |= frozenset(experts)
             SHARD_BYTES.labels(str(shard)).set(self._bank.bytes_of(experts))
-        await self._compute(self._warm_up)
         for shard in shards:
             served = await bus.serve(
                 subjects.experts(self._deployment, shard),
@@ -175,27 +181,29 @@ class Worker:
         self._state.shards = tuple(sorted({*self._state.shards, *shards}))
 
     def _on_bytes(self, count: int) -> None:
+        if self._state.draining:
+            raise MoeError("draining", "the worker is shutting down")
         self._state.loaded_bytes += count
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, expert: int) -> None:
         """First calls pay for kernels and pages; let them be ours."""
         hidden = torch.zeros(1, self._config.hidden_size, dtype=self._dtype, device=self._device)
         zero = torch.zeros(1, dtype=torch.int64, device=self._device)
         weights = torch.ones(1, device=self._device)
         for layer in self._config.moe_layers:
-            for expert in self._owned:
-                self._bank.compute(layer, hidden, zero, zero + expert, weights)
+            self._bank.compute(layer, hidden, zero, zero + expert, weights)
 
     async def _drain(self, bus: Bus) -> None:
         self._state.draining = True
         await self._reporter.publish()
-        for served in self._served:
-            try:
-                async with asyncio.timeout(self._settings.grace_seconds):
-                    await served.stop_taking()
-            except TimeoutError:
-                log.warning("drain.cut_short", subject=served.subject)
-        await bus.flush()
+        try:
+            async with asyncio.timeout(self._settings.grace_seconds):
+                await asyncio.gather(*(served.stop_taking() for served in self._served))
+                await bus.flush()
+        except TimeoutError:
+            log.warning("drain.cut_short", calls=sum(served.queue.qsize() for served in self._served))
+        except MoeError as error:
+            log.warning("drain.cut_short", reason=error.message)
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
@@ -257,11 +265,6 @@ class Worker:
         )
         self._state.tokens += rows
         return wire.encode(ExpertsReply(hidden_states=to_wire(out.to(hidden.dtype))))
-
-
-def replace_status(base: Status, **changes: Any) -> Status:
-    """`base` with some fields changed."""
-    return msgspec.structs.replace(base, **changes)
 
 
 async def serve(settings: ExpertSettings, shutdown: asyncio.Event) -> None:

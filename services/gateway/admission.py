@@ -25,21 +25,21 @@ class Admission:
         return len(self._line)
 
     def check(self, count: int) -> None:
-        """Refuse `count` generations at once if the line would overflow.
+        """Refuse `count` generations at once if the line would overflow, before anything is made of them.
 
         Raises:
             MoeError: `overloaded`.
 
         """
         if self.running + self.waiting + count > self._limit + self._max_queued:
-            raise MoeError("overloaded", f"{self.waiting} generations are waiting; try again in a moment")
+            raise self._overloaded()
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Wait for a place.
 
         Raises:
-            MoeError: `queue_timeout`, after the service's timeout.
+            MoeError: `overloaded`, if the line is full; `queue_timeout`, after the service's timeout.
 
         """
         await self._enter()
@@ -49,9 +49,11 @@ class Admission:
             self._leave()
 
     async def _enter(self) -> None:
-        if self.running < self._limit and not self._line:
+        if self.running < self._limit:
             self.running += 1
             return
+        if len(self._line) >= self._max_queued:
+            raise self._overloaded()
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line.append(turn)
         try:
@@ -60,7 +62,7 @@ class Admission:
         except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self._leave()  # the place was given at the very moment that the wait ended
-            else:
+            elif turn in self._line:
                 self._line.remove(turn)
             if isinstance(error, TimeoutError):
                 message = f"no place became free within {self._timeout_seconds:g} s; try again in a moment"
@@ -75,3 +77,6 @@ class Admission:
                 turn.set_result(None)
                 return
         self.running -= 1
+
+    def _overloaded(self) -> MoeError:
+        return MoeError("overloaded", f"{self.waiting} generations are waiting; try again in a moment")

@@ -145,6 +145,7 @@ class Context:
         prompt_logprobs: int = -1,
     ) -> list[GenerateRequest]:
         """One request per prompt and choice; choice c of a seeded request uses seed + c."""
+        self.admission.check(len(prompts) * (body.n or 1))
         first = secrets.randbits(62) if body.seed is None else body.seed
         requests = []
         for number, ids in enumerate(prompts):
@@ -162,7 +163,6 @@ class Context:
                         client=self.instance,
                     )
                 )
-        self.admission.check(len(requests))
         return requests
 
     async def run(self, requests: list[GenerateRequest], stops: list[str]) -> AsyncGenerator[tuple[int, Piece], None]:

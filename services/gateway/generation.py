@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
+import msgspec
 import structlog
 
 from services.gateway.admission import Admission
-from services.gateway.report import Window
+from services.gateway.report import Rate, Window
 from services.gateway.text import IncrementalDecoder, StopStrings, TextTokenizer
 from services.router.messages import CancelRequest, GenerateChunk, GenerateRequest, TokenLogprob
 from shared import subjects, wire
@@ -31,6 +34,7 @@ log = structlog.get_logger()
 
 RETRY_PAUSE_SECONDS = 0.1
 CANCEL_SECONDS = 2.0
+RETRYABLE = frozenset({"overloaded", "bus_unavailable", "draining"})
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Observations:
         self._prompt_tokens = PROMPT_TOKENS.labels(model_name)
         self._tokens = GENERATION_TOKENS.labels(model_name)
         self._model_name = model_name
+        self.token_rate = Rate()
+        self.finish_rate = Rate()
+        self.failure_rate = Rate()
         self.tokens = 0
         self.prompt_tokens = 0
         self.finished = 0
@@ -71,6 +78,7 @@ class Observations:
             self._between.observe(now - last)
             self.between_tokens.add(now, now - last)
         self._tokens.inc()
+        self.token_rate.add(now)
         self.tokens += 1
 
     def end(self, arrival: float, now: float, prompt_tokens: int, reason: str) -> None:
@@ -79,7 +87,12 @@ class Observations:
         self._prompt_tokens.inc(prompt_tokens)
         self.prompt_tokens += prompt_tokens
         REQUEST_SUCCESS.labels(self._model_name, reason).inc()
+        self.finish_rate.add(now)
         self.finished += 1
+
+    def fail(self, now: float) -> None:
+        self.failure_rate.add(now)
+        self.failed += 1
 
 
 class Generator:
@@ -100,7 +113,7 @@ class Generator:
         self._admission = admission
         self._observations = observations
         self._timeout_seconds = timeout_seconds
-        self._cancellations: set[asyncio.Task[None]] = set()
+        self._farewells: set[asyncio.Task[None]] = set()
 
     async def generate(self, request: GenerateRequest, stops: list[str]) -> AsyncGenerator[Piece, None]:
         """Pieces of one generation, the last with its finish reason; leaving early cancels it.
@@ -118,13 +131,13 @@ class Generator:
                 async for piece in pieces:
                     yield piece
         except MoeError:
-            self._observations.failed += 1
+            self._observations.fail(time.monotonic())
             raise
 
     async def _pieces(self, request: GenerateRequest, stops: list[str], arrival: float) -> AsyncGenerator[Piece, None]:
         decoder, stop_strings = IncrementalDecoder(self._tokenizer), StopStrings(stops)
-        with self._bus.open_stream() as stream:
-            accepted = await self._ask(request, stream)
+        stream, accepted = await self._ask(request)
+        with stream:
             finished = False
             last: float | None = None
             try:
@@ -138,56 +151,89 @@ class Generator:
                         if token != chunk.stop_token_id:
                             shown, stopped = stop_strings.push(decoder.push(token))
                             text += shown
+                            if stopped:
+                                break
                     finished = chunk.finish_reason is not None
+                    if chunk.finish_reason == "cancelled":
+                        raise MoeError("cancelled", "the router cancelled the generation")
                     if finished and not stopped:
                         shown, stopped = stop_strings.push(decoder.finish())
                         text += shown + ("" if stopped else stop_strings.finish())
                     reason = "stop" if stopped else chunk.finish_reason
                     routing = [chunk.routing] if chunk.routing else []
-                    yield Piece(text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason)
                     if reason:
-                        self._observations.end(arrival, time.monotonic(), len(request.token_ids), reason)
+                        self._observations.end(arrival, now, len(request.token_ids), reason)
+                    yield Piece(text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason)
                     if stopped:
                         return
             finally:
                 if not finished:
-                    self._cancel(request.id, accepted.instance)
+                    self._own(self._cancel(accepted.id, accepted.instance))
 
-    async def _ask(self, request: GenerateRequest, stream: ReplyStream) -> GenerateChunk:
-        """Publish the request until a router takes it; the first, empty chunk says which one did."""
+    async def _ask(self, request: GenerateRequest) -> tuple[ReplyStream, GenerateChunk]:
+        """Publish the request until a router takes it; its first, empty chunk says which one did.
+
+        Each try has an id and an inbox of its own: of two routers that took two tries, only one is listened to.
+        """
         deadline = time.monotonic() + self._timeout_seconds
-        data = wire.encode(request)
-        while True:
+        for attempt in itertools.count():
+            name = f"{request.id}.{attempt}" if attempt else request.id
+            data = wire.encode(msgspec.structs.replace(request, id=name))
             left = deadline - time.monotonic()
             headers = {REQUEST_ID: request_id.get() or request.id, BUDGET_MS: f"{left * 1000:.0f}"}
+            stream = self._bus.open_stream()
             try:
                 await self._bus.publish(self._subject, data, reply=stream.inbox, headers=headers)
-                return wire.decode(GenerateChunk, await stream.next(left))
+                accepted = wire.decode(GenerateChunk, await stream.next(left))
+                return stream, msgspec.structs.replace(accepted, id=name)
+            except asyncio.CancelledError:  # the reader left; whoever takes the request should hear of it
+                self._own(self._abandon(stream, name, deadline))
+                raise
             except MoeError as error:
-                retry = isinstance(error, NoRespondersError) or error.code in {
-                    "overloaded",
-                    "bus_unavailable",
-                    "draining",
-                }
+                if error.code == "bus_unavailable":
+                    self._own(self._abandon(stream, name, deadline))
+                else:
+                    stream.close()
+                retry = isinstance(error, NoRespondersError) or error.code in RETRYABLE
                 if not retry or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
                     if isinstance(error, NoRespondersError):
                         raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
                     raise
             await asyncio.sleep(RETRY_PAUSE_SECONDS)
+        raise AssertionError("unreachable: the deadline ends the loop")
 
-    def _cancel(self, generation_id: str, instance: str) -> None:
-        """Tell the router that nobody reads any more. Owned here, as the request's own task may be ending."""
-        task = asyncio.create_task(self._send_cancel(generation_id, instance), name="cancel")
-        self._cancellations.add(task)
-        task.add_done_callback(self._cancellations.discard)
+    def _own(self, farewell: Coroutine[Any, Any, None]) -> None:
+        """Run `farewell` beside; it is ours, as the request's own task may be ending."""
+        task = asyncio.create_task(farewell, name="farewell")
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
 
-    async def _send_cancel(self, generation_id: str, instance: str) -> None:
+    async def _abandon(self, stream: ReplyStream, name: str, deadline: float) -> None:
+        """Cancel a try at the router that takes it, if one still does."""
+        with stream:
+            while (left := deadline - time.monotonic()) > 0:
+                try:
+                    chunk = wire.decode(GenerateChunk, await stream.next(left))
+                except MoeError as error:
+                    if error.code == "bus_unavailable":
+                        continue  # the answer may come after the reconnect
+                    return
+                if chunk.instance:
+                    await self._cancel(name, chunk.instance)
+                    return
+
+    async def _cancel(self, name: str, instance: str) -> None:
+        """Tell the router that nobody reads any more."""
         try:
             subject = subjects.control("router", instance)
-            await self._bus.request(subject, wire.encode(CancelRequest(id=generation_id)), timeout=CANCEL_SECONDS)
+            await self._bus.request(subject, wire.encode(CancelRequest(id=name)), timeout=CANCEL_SECONDS)
         except MoeError as error:
-            log.info("cancel.unanswered", id=generation_id, code=error.code)
+            log.info("cancel.unanswered", id=name, code=error.code)
 
     async def close(self) -> None:
-        """Wait for cancellations under way; each has its own deadline."""
-        await asyncio.gather(*self._cancellations, return_exceptions=True)
+        """Wait a moment for cancellations under way, then leave the rest to the routers, who notice our silence."""
+        if self._farewells:
+            _, late = await asyncio.wait(self._farewells, timeout=CANCEL_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)

@@ -117,7 +117,7 @@ def routes(context: Context) -> APIRouter:
             tensors = {n: wire.Tensor.from_numpy(a) for n, a in zip(names, (out, index, weights), strict=True)}
             return Response(msgspec.msgpack.encode({"v": 1, "layer": layer, **tensors}), media_type=MSGPACK)
         arrays = {n: a.tolist() for n, a in zip(names, (out, index, weights), strict=True)}
-        return JSONResponse({"layer": layer, **arrays})
+        return Response(msgspec.json.encode({"layer": layer, **arrays}), media_type="application/json")
 
     async def route_tokens(ids: list[int]) -> Array:
         wanted = GenerateRequest(

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 128
+MAX_PROMPTS = 2048
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 
 
-def _strict_integer(value: Any) -> Any:
-    if isinstance(value, bool) or (value is not None and not isinstance(value, int)):
-        raise ValueError("must be an integer")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_strict_integer)]
-TokenId = Annotated[int, BeforeValidator(_strict_integer), Field(ge=0, lt=2**31)]
-Prompt = str | list[TokenId] | list[str] | list[list[TokenId]]
+Integer = Annotated[int, Field(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Prompts = (
+    Annotated[list[str], Field(max_length=MAX_PROMPTS)] | Annotated[list[list[TokenId]], Field(max_length=MAX_PROMPTS)]
+)
+# From left to right: a long prompt is looked at once, not by each alternative.
+Prompt = Annotated[str | list[TokenId] | Prompts, Field(union_mode="left_to_right")]
 
 
 class StreamOptions(BaseModel):
@@ -38,7 +37,7 @@ class GenerationParameters(BaseModel):
     max_tokens: Annotated[Integer, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
@@ -65,7 +64,7 @@ class GenerationParameters(BaseModel):
     def _check(self) -> Self:
         if len(self.stops) > MAX_STOPS or not all(self.stops):
             raise ValueError(f"stop: at most {MAX_STOPS} strings, none of them empty")
-        if not all(key.isascii() and key.isdigit() for key in self.logit_bias or {}):
+        if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in self.logit_bias or {}):
             raise ValueError("logit_bias: keys must be token ids")
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")

@@ -56,18 +56,17 @@ def performance_report(context: Context) -> dict[str, Any]:
     start = now - REPORT_SECONDS
     routers = context.routers()
     experts = expert_utilisation(context.config.moe_layers, [s.expert_tokens for s in routers])
-    ended = o.finished + o.failed
-    error_rate = o.failed / ended if ended else None
+    finished, failed = o.finish_rate.since(start), o.failure_rate.since(start)
+    error_rate = failed / (finished + failed) if finished + failed else None
     kv_usage = max((s.kv_usage for s in routers), default=None)
     skew = max((layer["imbalance"] for layer in experts if layer["imbalance"] is not None), default=None)
-    recent_tokens = len(o.first_token.since(start)) + len(o.between_tokens.since(start))
     seconds = min(REPORT_SECONDS, max(time.time() - context.started, 1e-9))
     return {
         "model": context.model_name,
         "window_seconds": REPORT_SECONDS,
         "throughput": {
-            "output_tokens_per_second": round(recent_tokens / seconds, 2),
-            "requests_per_second": round(len(o.whole.since(start)) / seconds, 3),
+            "output_tokens_per_second": round(o.token_rate.since(start) / seconds, 2),
+            "requests_per_second": round(finished / seconds, 3),
         },
         "totals": {
             "finished": o.finished,

@@ -23,8 +23,22 @@ class Window:
     def since(self, start: float) -> list[float]:
         return [value for at, value in self._values if at >= start]
 
-    def all(self) -> list[float]:
-        return [value for _, value in self._values]
+
+class Rate:
+    """How often something happened, counted by the second."""
+
+    def __init__(self, seconds: int = 2 * int(REPORT_SECONDS)) -> None:
+        self._counts: deque[list[int]] = deque(maxlen=seconds)
+
+    def add(self, now: float) -> None:
+        second = int(now)
+        if self._counts and self._counts[-1][0] >= second:
+            self._counts[-1][1] += 1
+        else:
+            self._counts.append([second, 1])
+
+    def since(self, start: float) -> int:
+        return sum(count for second, count in self._counts if second >= int(start))
 
 
 def percentile(values: Sequence[float], q: float) -> float | None:

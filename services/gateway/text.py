@@ -16,7 +16,10 @@ from tokenizers import decoders
 
 from shared.errors import CheckpointError, MoeError
 
+CONFIG = "tokenizer_config.json"
 REPLACEMENT = "\ufffd"
+OPEN_TOKENS = 16
+"""So many tokens may wait for a character's end; it has at most four bytes, so more means that it is broken."""
 METASPACE = "\u2581"
 _BYTE_FALLBACK = re.compile(r"<0x[0-9A-F]{2}>\Z")
 
@@ -61,22 +64,17 @@ class TextTokenizer:
             raise CheckpointError(f"{file} is damaged: {error}") from None
         backend.no_truncation()
         backend.no_padding()
-        config: dict[str, Any] = {}
-        config_file = path / "tokenizer_config.json"
-        if config_file.exists():
-            try:
-                config = json.loads(config_file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{config_file} is damaged: {error}") from None
+        config = _read_config(path)
         source = config.get("chat_template")
         if isinstance(source, list):
-            source = next((t["template"] for t in source if t.get("name") == "default"), None)
+            source = next(
+                (t.get("template", False) for t in source if isinstance(t, dict) and t.get("name") == "default"), None
+            )
         if (path / "chat_template.jinja").exists():
             source = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        variables = {}
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            value = config.get(name)
-            variables[name] = value.get("content") if isinstance(value, dict) else value or ""
+        if source is not None and not isinstance(source, str):
+            raise CheckpointError(f"{path / CONFIG}: chat_template must be a text")
+        variables = {name: _token(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         try:
             template = _environment().from_string(source) if source else None
         except jinja2.TemplateError as error:
@@ -123,8 +121,34 @@ class TextTokenizer:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._variables)
         except jinja2.TemplateError as error:
             raise MoeError("invalid_request", f"the chat template refused it: {error}", param="messages") from None
-        except (TypeError, ValueError, KeyError, ArithmeticError) as error:
-            raise MoeError("invalid_request", f"the chat template failed: {error}", param="messages") from None
+        except Exception as error:  # the template is the checkpoint's: whatever it does wrong is one typed error
+            text = f"the chat template failed: {type(error).__name__}: {error}"
+            raise MoeError("invalid_request", text, param="messages") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, if there is one.
+
+    Raises:
+        CheckpointError: it is damaged.
+
+    """
+    file = path / CONFIG
+    if not file.exists():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is damaged: it is no JSON object")
+    return config
+
+
+def _token(value: Any) -> str:
+    """A special token as templates show it; older files write an object."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""
 
 
 def _environment() -> jinja2.Environment:
@@ -151,26 +175,41 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
+        """Tokens from the context's start on."""
         self._shown = 0
-        self._start = 0
+        self._before = ""
+        """The text of the first `_shown` of them, which was given out."""
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is still open."""
         self._ids.append(token)
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith(REPLACEMENT) or len(text) <= len(before):
-            return ""
-        # The tokens last shown stay as context: some decoders treat a text's start differently.
-        self._start, self._shown = self._shown, len(self._ids)
-        return text[len(before) :]
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(REPLACEMENT):
+            return self._give_out_broken(text) if len(self._ids) - self._shown > OPEN_TOKENS else ""
+        return self._give_out(len(self._ids), text) if len(text) > len(self._before) else ""
 
     def finish(self) -> str:
         """What is left when no token follows, broken characters included."""
-        before = self._tokenizer.decode(self._ids[self._start : self._shown])
-        text = self._tokenizer.decode(self._ids[self._start :])
-        self._shown = len(self._ids)
-        return text[len(before) :]
+        return self._give_out(len(self._ids), self._tokenizer.decode(self._ids))
+
+    def _give_out(self, count: int, text: str) -> str:
+        """Give out `text`, that of the first `count` tokens; those shown before it are no longer needed.
+
+        The tokens last shown stay as context: some decoders treat a text's start differently.
+        """
+        new = text[len(self._before) :]
+        del self._ids[: self._shown]
+        self._shown = count - self._shown
+        self._before = self._tokenizer.decode(self._ids[: self._shown])
+        return new
+
+    def _give_out_broken(self, text: str) -> str:
+        """Give out all but the last tokens, up to where the text can no longer change."""
+        for count in range(len(self._ids) - 4, len(self._ids) - 8, -1):
+            settled = self._tokenizer.decode(self._ids[:count])
+            if text.startswith(settled) and len(settled) > len(self._before):
+                return self._give_out(count, settled)
+        return ""
 
 
 class StopStrings:
@@ -181,11 +220,15 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown, whether a stop string has been found)."""
+        """(text that may be shown, whether a stop string has been found).
+
+        Of several, the one that is complete first ends the text, so the end does not depend on how the text came.
+        """
         self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
+            first_end = min(end for end, _ in found)
+            shown, self._held = self._held[: min(at for end, at in found if end == first_end)], ""
             return shown, True
         keep = 0
         for stop in self._stops:

@@ -19,11 +19,11 @@ class Finding:
 
 def findings(before: Sequence[Status], now: Sequence[Status]) -> list[Finding]:
     """Instances that fell silent without draining, and shards that nobody serves although a router needs them."""
-    present = {s.instance for s in now}
+    present = {(s.service, s.instance) for s in now}
     found = [
         Finding("service_down", s.instance, f"{s.service} {s.instance} has fallen silent")
         for s in before
-        if s.instance not in present and s.state != "draining"
+        if (s.service, s.instance) not in present and s.state != "draining"
     ]
     for deployment in sorted({s.deployment for s in now if s.service == "router" and s.state == "ready"}):
         mine = [s for s in now if s.deployment == deployment]

@@ -35,6 +35,9 @@ class Monitor:
             await asyncio.sleep(1)
 
     async def _look(self, bus: Bus) -> None:
+        if not bus.connected:  # we hear nobody; that says nothing about them
+            self._before = []
+            return
         now = self._fleet.live()
         found = findings(self._before, now)
         self._before = now

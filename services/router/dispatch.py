@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+import structlog
 import torch
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
@@ -13,14 +14,18 @@ from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Headers, NoRespondersError
 from shared.checkpoint import ModelConfig
 from shared.compute import Compute
-from shared.errors import MoeError
+from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.instrumentation import DISPATCH_RETRIES, DISPATCH_SECONDS
 from shared.logs import request_id
 from shared.tensors import WIRE_DTYPE, from_wire, to_wire
 
+log = structlog.get_logger()
+
 CALL_SECONDS = 10.0
 """How long one call may take before it is sent again."""
 RETRY_PAUSE_SECONDS = 0.05
+MOST_BROKEN_REPLIES = 3
+"""So many of a shard's workers may fail at a call before it is given up: a bug of one must not end a request."""
 RETRYABLE = {"overloaded", "draining", "bus_unavailable", "deadline_exceeded", "wrong_shard"}
 MESSAGE_OVERHEAD_BYTES = 512
 PAIR_BYTES = 12
@@ -58,7 +63,7 @@ class BusExperts:
         self._recovery_seconds = recovery_seconds
         self._subjects = [subjects.experts(deployment, shard) for shard in range(num_shards)]
         self._seconds = {layer: DISPATCH_SECONDS.labels(str(layer)) for layer in config.moe_layers}
-        self._retries = {reason: DISPATCH_RETRIES.labels(reason) for reason in (*RETRYABLE, "no_responders")}
+        self._retries = {reason: DISPATCH_RETRIES.labels(reason) for reason in (*HTTP_STATUS, "no_responders")}
         self._row = {layer: row for row, layer in enumerate(config.moe_layers)}
         self.tokens = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.int64)
         """[L, E]: tokens sent to each expert since the start."""
@@ -74,7 +79,10 @@ class BusExperts:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._guarded(call), name=f"experts:{call.shard}") for call in calls]
             replies = [_unwrap(task.result()) for task in tasks]
-        out = await self._compute(self._combine, hidden, calls, replies)
+        try:
+            out = await self._compute(self._combine, hidden, calls, replies)
+        except BadMessageError as error:  # a worker's fault, not the client's
+            raise MoeError("shard_unavailable", f"an expert worker's answer is no answer: {error.message}") from None
         self._seconds[layer].observe(time.perf_counter() - start)
         return out
 
@@ -132,6 +140,7 @@ class BusExperts:
         now = time.monotonic()
         deadline = now + self._timeout_seconds
         nobody_since: float | None = None
+        broken = 0
         while True:
             timeout = min(CALL_SECONDS, deadline - now)
             headers: Headers = {BUDGET_MS: f"{timeout * 1000:.0f}", REQUEST_ID: request_id.get()}
@@ -144,9 +153,12 @@ class BusExperts:
                 if now - nobody_since >= self._recovery_seconds:
                     raise self._unavailable(call.shard, "no worker serves it") from None
             except MoeError as error:
-                if error.code not in RETRYABLE:
-                    raise
                 reason = error.code
+                if reason not in RETRYABLE:
+                    broken += 1
+                    log.warning("experts.broken", shard=call.shard, code=reason, reason=error.message)
+                    if broken >= MOST_BROKEN_REPLIES:
+                        raise self._unavailable(call.shard, f"its workers cannot compute a call ({reason})") from None
                 now = time.monotonic()
                 nobody_since = None
             if now + RETRY_PAUSE_SECONDS >= deadline:

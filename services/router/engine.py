@@ -35,6 +35,8 @@ from shared.tensors import to_wire
 log = structlog.get_logger()
 
 NEVER = 2**62
+PROGRESS_SECONDS = 5.0
+"""A long prefill says so often, by an empty chunk, that it is still at work."""
 NAMED_REQUESTS = 16
 """So many ids go along with a step's expert calls: a header has its price."""
 
@@ -278,6 +280,9 @@ class Engine:
                 finish = "length"
             prompt_done = s.computed >= s.prompt_length and r.prompt_logprobs >= 0 and len(s.output) <= 1
             if emission.token is None and not finish and emission.prompt_logits is None and emission.routing is None:
+                if now - (s.last_sign or s.arrival) > PROGRESS_SECONDS:
+                    s.last_sign = now
+                    await self._sink(s, GenerateChunk(id=r.id))
                 continue
             chunk = GenerateChunk(
                 id=r.id,

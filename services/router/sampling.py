@@ -72,6 +72,8 @@ def _draw(logits: torch.Tensor, params: list[Sampling], draws: torch.Tensor) -> 
 
     vocab = logits.shape[1]
     scaled = logits.double() / column([max(s.temperature, 1e-5) for s in params])
+    if all(s.top_k <= 0 and s.top_p >= 1 and s.min_p <= 0 for s in params):
+        return _invert(torch.softmax(scaled, dim=-1), draws)
     values, order = scaled.sort(dim=-1, descending=True, stable=True)  # [B, V]
     rank = torch.arange(vocab, device=logits.device)
     top_k = column([float(s.top_k if 0 < s.top_k < vocab else vocab) for s in params])
@@ -82,11 +84,15 @@ def _draw(logits: torch.Tensor, params: list[Sampling], draws: torch.Tensor) -> 
     dropped |= probs < column([s.min_p for s in params]) * probs[:, :1]
     # In order of token ids, not of probability: two tokens that are all but equally likely change places with the
     # last bit of a logit, and the draw between them would then depend on what else was in the batch.
-    by_token = torch.zeros_like(probs).scatter(1, order, probs.masked_fill(dropped, 0.0))
-    cumulative = by_token.cumsum(dim=-1)
+    return _invert(torch.zeros_like(probs).scatter(1, order, probs.masked_fill(dropped, 0.0)), draws)
+
+
+def _invert(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Where draws [B] in [0, 1) fall in the cumulative distribution of `weights` [B, V] over token ids."""
+    cumulative = weights.cumsum(dim=-1)
     at = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
     # A draw that rounds onto the end must not fall behind the last token that may be chosen.
-    last = torch.where(by_token > 0, rank, 0).amax(dim=-1, keepdim=True)
+    last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(-1, keepdim=True)
     return torch.minimum(at, last).squeeze(1)
 
 

@@ -94,12 +94,15 @@ class Scheduler:
                     return
                 index += 1
                 continue
-            for earlier in list(self.waiting)[:index]:
+            passed = list(self.waiting)[:index]
+            for earlier in passed:
                 earlier.passed_over += 1
             del self.waiting[index]
             sequence.blocks = blocks
             sequence.admitted = now if sequence.admitted is None else sequence.admitted
             self.running.append(sequence)
+            if any(earlier.passed_over >= MAX_PASSED_OVER for earlier in passed):
+                return
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Make `sequence` have blocks for `tokens` tokens, preempting the latest arrivals; False if it is preempted."""

@@ -27,6 +27,8 @@ class Sequence:
     cancelled: bool = False
     admitted: float | None = None
     first_token: float | None = None
+    last_sign: float | None = None
+    """When an empty chunk last said that the prefill goes on."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     prompt_rows_sent: int = 0
     routing_rows_sent: int = 0

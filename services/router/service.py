@@ -89,6 +89,9 @@ class Router:
         self._expert_metrics = [
             [EXPERT_TOKENS.labels(str(layer), str(e)) for e in range(config.num_experts)] for layer in config.moe_layers
         ]
+        name = settings.model_name
+        self._gauges = [gauge.labels(name) for gauge in (REQUESTS_RUNNING, REQUESTS_WAITING, KV_CACHE_USAGE)]
+        self._listening_since = time.monotonic()
         self._exported = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.int64)
 
     async def run(self, shutdown: asyncio.Event) -> None:
@@ -100,6 +103,7 @@ class Router:
                 await until(shutdown, self._live(context.bus))
                 await self._drain(context.bus)
         finally:
+            self._state = "draining"  # ends a load under way, which close() waits for
             self._compute.close()
             self._stop_metrics()
 
@@ -128,7 +132,7 @@ class Router:
             self._model, self._experts, self._compute, scheduler, cache, self._deliver, model_name=s.model_name
         )
         self._engine_task = asyncio.create_task(self._engine.run(), name="engine")
-        metrics = asyncio.create_task(self._export(), name="metrics")
+        house = asyncio.create_task(self._keep_house(self._engine, self._experts), name="housekeeping")
         try:
             await bus.serve(subjects.control("router", self._instance), self._on_control, capacity=1024)
             for subject, handler, workers in (
@@ -149,9 +153,9 @@ class Router:
             await self._drain(bus)
             raise
         finally:
-            for task in (self._engine_task, metrics):
+            for task in (self._engine_task, house):
                 task.cancel()
-            await asyncio.gather(self._engine_task, metrics, return_exceptions=True)
+            await asyncio.gather(self._engine_task, house, return_exceptions=True)
 
     async def _drain(self, bus: Bus) -> None:
         """Withdraw readiness, take nothing new, let the generations in flight finish."""
@@ -166,12 +170,16 @@ class Router:
                 while self._engine is not None and self._engine.sequences() and not self._engine_task.done():
                     await asyncio.sleep(0.02)
                 await bus.flush()
+        except MoeError as error:
+            log.warning("drain.cut_short", reason=error.message)
         except TimeoutError:
             log.warning("drain.cut_short", generations=len(self._engine.sequences()) if self._engine else 0)
             for sequence in self._engine.sequences() if self._engine else []:
                 await self._deliver(sequence, MoeError("draining", "the router is shutting down"))
 
     def _on_bytes(self, count: int) -> None:
+        if self._state == "draining":
+            raise MoeError("draining", "the router is shutting down")
         self._loaded_bytes += count
 
     def _status(self) -> Status:
@@ -196,29 +204,41 @@ class Router:
             expert_tokens=tuple(tuple(row) for row in self._experts.tokens.tolist()) if self._experts else (),
         )
 
-    async def _export(self) -> None:
+    async def _keep_house(self, engine: Engine, experts: BusExperts) -> None:
         """Once a second: gauges, expert tokens, and clients that have fallen silent."""
-        name = self._settings.model_name
-        running, waiting = REQUESTS_RUNNING.labels(name), REQUESTS_WAITING.labels(name)
-        usage = KV_CACHE_USAGE.labels(name)
-        while self._engine is not None and self._experts is not None:
-            running.set(self._engine.running)
-            waiting.set(self._engine.waiting)
-            usage.set(self._engine.pool.usage)
-            now = self._experts.tokens.clone()
-            for metrics, row in zip(self._expert_metrics, (now - self._exported).tolist(), strict=True):
-                for metric, tokens in zip(metrics, row, strict=True):
-                    if tokens:
-                        metric.inc(tokens)
-            self._exported = now
-            live = {status.instance for status in self._fleet.live("gateway")}
-            self._known_clients |= live
-            for sequence in self._engine.sequences():
-                client = sequence.request.client
-                if client in self._known_clients and client not in live:
-                    log.warning("client.silent", client=client, id=sequence.request.id, request_id=sequence.request_id)
-                    self._engine.cancel(sequence.request.id)
+        while True:
+            try:
+                self._export(engine, experts)
+                self._cancel_silent(engine, time.monotonic())
+            except Exception:  # a figure that cannot be exported must not end the ones after it
+                log.exception("housekeeping.failed")
             await asyncio.sleep(1)
+
+    def _export(self, engine: Engine, experts: BusExperts) -> None:
+        self._gauges[0].set(engine.running)
+        self._gauges[1].set(engine.waiting)
+        self._gauges[2].set(engine.pool.usage)
+        now = experts.tokens.clone()
+        for metrics, row in zip(self._expert_metrics, (now - self._exported).tolist(), strict=True):
+            for metric, tokens in zip(metrics, row, strict=True):
+                if tokens:
+                    metric.inc(tokens)
+        self._exported = now
+
+    def _cancel_silent(self, engine: Engine, now: float) -> None:
+        """Cancel the generations of gateways that were heard of once and then fell silent while we were listening."""
+        if not self._bus.connected:
+            self._listening_since = now
+        live = {status.instance for status in self._fleet.live("gateway")}
+        sequences = engine.sequences()
+        self._known_clients = live | (self._known_clients & {s.request.client for s in sequences})
+        if now - self._listening_since < CLIENT_SILENCE_SECONDS:
+            return
+        for sequence in sequences:
+            client = sequence.request.client
+            if client in self._known_clients and client not in live:
+                log.warning("client.silent", client=client, id=sequence.request.id, request_id=sequence.request_id)
+                engine.cancel(sequence.request.id)
 
     # -- from the bus ------------------------------------------------------------------------------------------------
 

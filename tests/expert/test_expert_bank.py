@@ -1,0 +1,197 @@
+"""The experts' maths against a plain loop, whatever the grouping; loading from both layouts."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from shared.checkpoint import Checkpoint
+from shared.errors import CheckpointError
+from shared.experts import ExpertBank, shard_experts
+from tests.oracle import make_checkpoint
+
+CPU = torch.device("cpu")
+HIDDEN = 32
+EXPERTS = 6
+
+
+def opened(path: Path, variant: str, dtype: torch.dtype = torch.float32) -> ExpertBank:
+    bank = ExpertBank(Checkpoint.open(make_checkpoint(path / variant, variant)), dtype=dtype, device=CPU)
+    bank.load(range(EXPERTS))
+    return bank
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> ExpertBank:
+    return opened(tmp_path_factory.mktemp("bank"), "mixtral")
+
+
+def plain(path: Path, layer: int, hidden: torch.Tensor, pairs: list[tuple[int, int, float]]) -> torch.Tensor:
+    """[T, H]: one pair after another, from the checkpoint's files, in float64."""
+    tensors = all_tensors(path)
+    out = torch.zeros(hidden.shape, dtype=torch.float64)
+    for token, expert, weight in pairs:
+        gate_up = tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"][expert]
+        down = tensors[f"model.layers.{layer}.mlp.experts.down_proj"][expert]
+        gate, up = (hidden[token].double() @ gate_up.T).chunk(2)
+        out[token] += weight * ((F.silu(gate) * up) @ down.T)
+    return out
+
+
+@cache
+def all_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors by name, in float64; the experts of a layer stacked, however they are stored."""
+    found = {name: t.double() for file in sorted(path.glob("*.safetensors")) for name, t in load_file(file).items()}
+    stacked: dict[str, torch.Tensor] = {}
+    for layer in range(3):
+        prefix = f"model.layers.{layer}."
+        for home, names in (
+            ("block_sparse_moe.experts", ("w1", "w3", "w2")),
+            ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+        ):
+            if f"{prefix}{home}.0.{names[0]}.weight" in found:
+                gate, up, down = (
+                    torch.stack([found[f"{prefix}{home}.{e}.{name}.weight"] for e in range(EXPERTS)]) for name in names
+                )
+                stacked[f"{prefix}mlp.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
+                stacked[f"{prefix}mlp.experts.down_proj"] = down
+    return found | stacked
+
+
+def compute(bank: ExpertBank, layer: int, hidden: torch.Tensor, pairs: list[tuple[int, int, float]]) -> torch.Tensor:
+    tokens, experts, weights = zip(*pairs, strict=True) if pairs else ((), (), ())
+    return bank.compute(
+        layer,
+        hidden,
+        torch.tensor(tokens, dtype=torch.int32),
+        torch.tensor(experts, dtype=torch.int32),
+        torch.tensor(weights, dtype=torch.float32),
+    )
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, EXPERTS - 1), st.floats(-2, 2, width=32)), max_size=24)
+
+
+@settings(max_examples=80, deadline=None)
+@given(pairs=PAIRS, layer=st.integers(0, 2), seed=st.integers(0, 99))
+def test_any_pairs_give_the_sum_that_a_plain_loop_gives(
+    bank: ExpertBank, pairs: list[tuple[int, int, float]], layer: int, seed: int
+) -> None:
+    hidden = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    got = compute(bank, layer, hidden, pairs)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got.double(), plain(bank._checkpoint.path, layer, hidden, pairs), atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs=PAIRS, cuts=st.lists(st.integers(0, 24), max_size=4))
+def test_how_the_pairs_are_grouped_and_ordered_makes_no_difference(
+    bank: ExpertBank, pairs: list[tuple[int, int, float]], cuts: list[int]
+) -> None:
+    hidden = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(0))
+    whole = compute(bank, 1, hidden, pairs)
+    edges = [0, *sorted(cuts), len(pairs)]
+    parts = torch.zeros_like(whole)
+    for first, last in itertools.pairwise(edges):
+        parts += compute(bank, 1, hidden, list(reversed(pairs[first:last])))
+    assert torch.allclose(parts, whole, atol=1e-4)
+
+
+def test_one_row_is_computed_like_many(bank: ExpertBank) -> None:
+    hidden = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(3))
+    pairs = [(0, 2, 0.75), (0, 5, 0.25)]
+    want = plain(bank._checkpoint.path, 0, hidden, pairs)
+    assert torch.allclose(compute(bank, 0, hidden, pairs).double(), want, atol=1e-5)
+    assert torch.allclose(
+        compute(bank, 0, hidden, pairs[:1]) + compute(bank, 0, hidden, pairs[1:]), want.float(), atol=1e-5
+    )
+
+
+def test_no_pairs_give_zeros(bank: ExpertBank) -> None:
+    assert torch.equal(compute(bank, 0, torch.ones(3, HIDDEN), []), torch.zeros(3, HIDDEN))
+    assert compute(bank, 0, torch.ones(0, HIDDEN), []).shape == (0, HIDDEN)
+
+
+def test_a_row_that_no_pair_names_is_zero(bank: ExpertBank) -> None:
+    got = compute(bank, 0, torch.ones(3, HIDDEN), [(1, 0, 1.0)])
+    assert not got[[0, 2]].any()
+    assert got[1].any()
+
+
+def test_sums_are_kept_in_float32_whatever_the_weights_are(tmp_path: Path) -> None:
+    half = opened(tmp_path, "mixtral", torch.bfloat16)
+    hidden = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    one = compute(half, 0, hidden, [(0, 3, 1.0)])
+    many = compute(half, 0, hidden, [(0, 3, 1 / 64)] * 64)
+    assert one.dtype == many.dtype == torch.bfloat16
+    # Added up in bfloat16, 64 small parts would be off by far more than the last bit.
+    assert torch.allclose(one.float(), many.float(), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "olmoe", "qwen2", "qwen3", "mixtral-gelu"])
+def test_only_the_experts_that_were_asked_for_are_loaded(tmp_path: Path, variant: str) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", variant))
+    bank = ExpertBank(checkpoint, dtype=torch.float32, device=CPU)
+    loaded: list[int] = []
+    bank.load([1, 4], loaded.append)
+    assert sum(loaded) == bank.bytes_of([1, 4])
+    assert {e for layer in checkpoint.config.moe_layers for e in range(EXPERTS) if bank.has(layer, e)} == {1, 4}
+    bank.load([1, 4], loaded.append)
+    assert sum(loaded) == bank.bytes_of([1, 4]), "what is there is not read again"
+
+
+def test_stacked_and_single_layouts_hold_the_same_experts(tmp_path: Path) -> None:
+    single = make_checkpoint(tmp_path / "single", "qwen3")
+    tensors = {name: t for file in sorted(single.glob("*.safetensors")) for name, t in load_file(file).items()}
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ("config.json", "tokenizer.json"):
+        (other / file).write_bytes((single / file).read_bytes())
+    rewritten = {name: t.contiguous() for name, t in tensors.items() if ".mlp.experts." not in name}
+    stacks = all_tensors(single)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        if f"{prefix}gate_up_proj" in tensors:
+            gate, up = tensors[f"{prefix}gate_up_proj"].chunk(2, dim=1)
+            for e in range(EXPERTS):
+                rewritten[f"{prefix}{e}.gate_proj.weight"] = gate[e].contiguous()
+                rewritten[f"{prefix}{e}.up_proj.weight"] = up[e].contiguous()
+                rewritten[f"{prefix}{e}.down_proj.weight"] = tensors[f"{prefix}down_proj"][e].contiguous()
+        else:
+            for name in ("gate_up_proj", "down_proj"):
+                rewritten[f"{prefix}{name}"] = stacks[f"{prefix}{name}"].float().contiguous()
+    save_file(rewritten, other / "model.safetensors", metadata={"format": "pt"})
+    hidden = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(5))
+    sums = []
+    for path in (single, other):
+        bank = ExpertBank(Checkpoint.open(path), dtype=torch.float32, device=CPU)
+        bank.load(range(EXPERTS))
+        sums.append(compute(bank, 2, hidden, [(0, 0, 1.0), (1, 3, 0.5), (2, 5, 0.25)]))
+    assert torch.equal(*sums)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", "mixtral"))
+    name = next(name for name in checkpoint.tensors.entries if "layers.1." in name and "experts" in name)
+    del checkpoint.tensors.entries[name]
+    with pytest.raises(CheckpointError, match=r"layers\.1"):
+        ExpertBank(checkpoint, dtype=torch.float32, device=CPU).load(range(EXPERTS))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_every_expert_is_in_exactly_one_shard(experts: int, shards: int) -> None:
+    owners = [shard for shard in range(shards) for _ in shard_experts(experts, shards, shard)]
+    all_experts = sorted(e for shard in range(shards) for e in shard_experts(experts, shards, shard))
+    assert all_experts == list(range(experts))
+    sizes = [owners.count(shard) for shard in range(shards)]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(e % shards == shard for shard in range(shards) for e in shard_experts(experts, shards, shard))

@@ -1,0 +1,37 @@
+"""A gateway's context, with real parts, without its HTTP server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from services.gateway.admission import Admission
+from services.gateway.context import Context
+from services.gateway.generation import Generator, Observations
+from services.gateway.text import TextTokenizer
+from shared.bus import Bus
+from shared.checkpoint import Checkpoint
+from shared.settings import DEMO_MODEL, GatewaySettings
+from shared.status import Fleet
+
+
+def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
+    """The context of a gateway of the demo model with these settings."""
+    settings = GatewaySettings(**{"model": DEMO_MODEL, "timeout_seconds": 5.0, **changes})
+    checkpoint = Checkpoint.open(settings.model)
+    deployment = checkpoint.deployment(settings.model_name)
+    tokenizer = TextTokenizer.open(settings.model)
+    admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
+    observations = Observations(settings.model_name)
+    generator = Generator(bus, deployment, tokenizer, admission, observations, settings.timeout_seconds)
+    return Context(
+        settings,
+        checkpoint.config,
+        deployment,
+        bus.instance,
+        bus,
+        fleet,
+        tokenizer,
+        admission,
+        observations,
+        generator,
+    )

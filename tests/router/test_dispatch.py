@@ -1,0 +1,435 @@
+"""Dispatch over a real nats-server: packing to the bus' limit, the order of sums, retries, recovery, bad replies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nats.aio.msg import Msg
+
+from services.expert.messages import ExpertsReply, ExpertsRequest
+from services.nats_server import binary, free_port
+from services.router.dispatch import BusExperts, Call
+from services.router.experts import LocalExperts
+from shared import subjects, wire
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus
+from shared.checkpoint import Checkpoint
+from shared.compute import Compute
+from shared.errors import MoeError
+from shared.experts import ExpertBank
+from shared.instrumentation import REGISTRY
+from shared.logs import request_id
+from shared.tensors import from_wire, to_wire
+from tests.oracle import make_checkpoint
+from tests.router.configurations import configuration
+from tests.running import answers, start, wait_until
+
+HIDDEN = 32
+EXPERTS = 6
+TOP_K = 2
+SMALL_PAYLOAD = 8192
+_names = itertools.count()
+
+Handler = Callable[[Msg], Awaitable[bytes]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's experts, and something to ask them."""
+
+    bank: ExpertBank
+    compute: Compute
+    hidden: torch.Tensor
+    """[T, H]"""
+    index: torch.Tensor
+    """[T, k]"""
+    weights: torch.Tensor
+    """[T, k]"""
+
+    async def expected(self) -> torch.Tensor:
+        return await LocalExperts(self.bank, self.compute)(0, self.hidden, self.index, self.weights)
+
+    async def answer(self, message: Msg) -> bytes:
+        """What an honest worker says."""
+        request = wire.decode(ExpertsRequest, message.data)
+        out = await self.compute(
+            self.bank.compute,
+            request.layer,
+            from_wire(request.hidden_states, "hidden", (None, HIDDEN), ("float32",)),
+            from_wire(request.token_index, "tokens", (None,), ("int32",)),
+            from_wire(request.expert_index, "experts", (None,), ("int32",)),
+            from_wire(request.weights, "weights", (None,), ("float32",)),
+        )
+        return wire.encode(ExpertsReply(hidden_states=to_wire(out)))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def layer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Layer]:
+    """A real layer of a small random checkpoint."""
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("dispatch") / "m", "mixtral"))
+    assert (checkpoint.config.hidden_size, checkpoint.config.num_experts) == (HIDDEN, EXPERTS)
+    bank = ExpertBank(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    bank.load(range(EXPERTS))
+    compute = Compute()
+    yield Layer(bank, compute, *pairs(tokens=9, seed=1))
+    compute.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def small_bus(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bus]:
+    """A connection to a server that takes only small messages."""
+    folder = tmp_path_factory.mktemp("small-nats")
+    port = free_port()
+    config = folder / "nats.conf"
+    config.write_text(f'listen: "127.0.0.1:{port}"\nmax_payload: {SMALL_PAYLOAD}\n')
+    server = await start(folder, "nats-server", binary(), "--config", str(config))
+    try:
+        await wait_until(lambda: answers(port), "nats-server to listen")
+        async with connected(f"nats://127.0.0.1:{port}") as bus:
+            yield bus
+    finally:
+        await server.kill()
+
+
+def pairs(tokens: int, seed: int, top_k: int = TOP_K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [T, H], expert indices [T, k] without repetition in a row, weights [T, k]."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, EXPERTS, generator=generator)
+    weights, index = torch.softmax(scores * 3, dim=-1).topk(top_k)
+    return torch.randn(tokens, HIDDEN, generator=generator), index, weights
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Bus]:
+    bus = await Bus.connect(url, "test", f"dispatch-{next(_names)}")
+    try:
+        yield bus
+    finally:
+        await bus.abort()
+
+
+class Cluster:
+    """A deployment of its own: a router's dispatch, and workers that a test writes itself."""
+
+    def __init__(self, url: str, router: Bus, layer: Layer, shards: int, timeout: float, recovery: float) -> None:
+        self.deployment = f"dispatch-{next(_names)}"
+        self.experts = BusExperts(
+            router,
+            layer.compute,
+            configuration(num_local_experts=EXPERTS),
+            self.deployment,
+            num_shards=shards,
+            timeout_seconds=timeout,
+            recovery_seconds=recovery,
+        )
+        self.asked: list[int] = []
+        """The shards that were asked, in order."""
+        self.stack = contextlib.AsyncExitStack()
+        self._url = url
+        self._layer = layer
+
+    async def worker(self, shard: int, handler: Handler | None = None) -> Bus:
+        """A worker of `shard` that answers with what `handler` returns; by default honestly."""
+        bus = await self.stack.enter_async_context(connected(self._url))
+
+        async def serve(message: Msg) -> None:
+            self.asked.append(shard)
+            await bus.reply(message, await (handler or self._layer.answer)(message))
+
+        subject, group = subjects.experts(self.deployment, shard), subjects.shard_queue(shard)
+        await bus.serve(subject, serve, queue_group=group)
+        await bus.flush()
+        return bus
+
+    async def ask(self) -> torch.Tensor:
+        return await self.experts(0, self._layer.hidden, self._layer.index, self._layer.weights)
+
+
+@contextlib.asynccontextmanager
+async def cluster(
+    url: str, layer: Layer, *, shards: int = 2, timeout: float = 20, recovery: float = 10
+) -> AsyncIterator[Cluster]:
+    async with connected(url) as router:
+        made = Cluster(url, router, layer, shards, timeout, recovery)
+        async with made.stack:
+            yield made
+
+
+def retries(reason: str) -> float:
+    return REGISTRY.get_sample_value("moe_dispatch_retries_total", {"reason": reason}) or 0.0
+
+
+def refusing(code: str, times: int, layer: Layer) -> Handler:
+    """A handler that refuses with `code` so many times, then answers."""
+    left = [times]
+
+    async def handler(message: Msg) -> bytes:
+        if left[0]:
+            left[0] -= 1
+            raise MoeError(code, "not now")
+        return await layer.answer(message)
+
+    return handler
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 90),
+    shards=st.integers(1, EXPERTS),
+    top_k=st.integers(1, EXPERTS),
+    seed=st.integers(0, 999),
+)
+def test_packing_loses_no_pair_and_fits_the_bus(
+    small_bus: Bus, layer: Layer, tokens: int, shards: int, top_k: int, seed: int
+) -> None:
+    hidden, index, weights = pairs(tokens, seed, top_k)
+    config = configuration(num_local_experts=EXPERTS)
+    experts = BusExperts(
+        small_bus, layer.compute, config, "d", num_shards=shards, timeout_seconds=1, recovery_seconds=1
+    )
+    calls = experts._pack(0, hidden, index, weights)
+    seen = []
+    for call in calls:
+        assert len(call.data) <= small_bus.max_payload
+        request = wire.decode(ExpertsRequest, call.data)
+        rows = call.rows.tolist()
+        assert rows == sorted(set(rows))
+        assert torch.equal(from_wire(request.hidden_states, "h", (None, HIDDEN), ("float32",)), hidden[rows])
+        token_index = from_wire(request.token_index, "t", (None,), ("int32",)).tolist()
+        assert set(token_index) == set(range(len(rows))), "a row was sent that no pair uses"
+        experts_of = from_wire(request.expert_index, "e", (None,), ("int32",)).tolist()
+        assert {expert % shards for expert in experts_of} == {call.shard}
+        values = from_wire(request.weights, "w", (None,), ("float32",)).tolist()
+        seen += [(rows[t], e, w) for t, e, w in zip(token_index, experts_of, values, strict=True)]
+    want = [(t, int(index[t, k]), float(weights[t, k])) for t in range(tokens) for k in range(top_k)]
+    assert sorted(seen) == sorted(want)
+    assert [call.shard for call in calls] == sorted(call.shard for call in calls)
+    assert experts.tokens[0].tolist() == torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
+
+
+async def test_work_over_the_bus_limit_is_split_by_rows_and_really_sent(small_bus: Bus, layer: Layer) -> None:
+    many = Layer(layer.bank, layer.compute, *pairs(tokens=200, seed=3))
+    assert many.hidden.nbytes > 2 * SMALL_PAYLOAD
+    url = str(small_bus._client.connected_url.geturl())
+    async with cluster(url, many, shards=2) as c:
+        for shard in range(2):
+            await c.worker(shard)
+        assert torch.allclose(await c.ask(), await many.expected(), atol=1e-5)
+        assert c.asked.count(0) > 2
+        assert c.asked.count(1) > 2
+
+
+# -- combining ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, EXPERTS])
+async def test_the_partial_sums_add_up_to_the_layer(nats_url: str, layer: Layer, shards: int) -> None:
+    async with cluster(nats_url, layer, shards=shards) as c:
+        for shard in range(shards):
+            await c.worker(shard)
+        out = await c.ask()
+        assert out.dtype == layer.hidden.dtype
+        assert torch.allclose(out, await layer.expected(), atol=1e-5)
+        assert sorted(c.asked) == list(range(shards))
+
+
+async def test_the_sum_is_the_same_to_the_bit_whichever_shard_answers_first(nats_url: str, layer: Layer) -> None:
+    sums = []
+    for order in itertools.permutations(range(3)):
+        done = [asyncio.Event() for _ in range(3)]
+
+        def answering_in(order: tuple[int, ...], done: list[asyncio.Event], shard: int) -> Handler:
+            async def handler(message: Msg) -> bytes:
+                turn = order.index(shard)
+                if turn:
+                    await done[order[turn - 1]].wait()
+                done[shard].set()
+                return await layer.answer(message)
+
+            return handler
+
+        async with cluster(nats_url, layer, shards=3) as c:
+            for shard in range(3):
+                await c.worker(shard, answering_in(order, done, shard))
+            sums.append(await c.ask())
+    assert all(torch.equal(each, sums[0]) for each in sums)
+
+
+def test_partial_sums_are_added_in_float32_and_rounded_once(layer: Layer, small_bus: Bus) -> None:
+    config = configuration(num_local_experts=EXPERTS)
+    experts = BusExperts(small_bus, layer.compute, config, "d", num_shards=3, timeout_seconds=1, recovery_seconds=1)
+    parts = [torch.full((1, HIDDEN), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
+    calls = [Call(shard, torch.tensor([0]), b"") for shard in range(3)]
+    replies = [wire.encode(ExpertsReply(hidden_states=to_wire(part))) for part in parts]
+    out = experts._combine(torch.zeros(1, HIDDEN, dtype=torch.bfloat16), calls, replies)
+    # bfloat16 has 8 bits: adding 1 to 256 twice in it would leave 256.
+    assert torch.equal(out, torch.full((1, HIDDEN), 258.0, dtype=torch.bfloat16))
+
+
+# -- failing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["overloaded", "draining", "wrong_shard", "deadline_exceeded"])
+async def test_a_refused_call_is_sent_again(nats_url: str, layer: Layer, code: str) -> None:
+    before = retries(code)
+    async with cluster(nats_url, layer, shards=1) as c:
+        await c.worker(0, refusing(code, 3, layer))
+        assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+        assert len(c.asked) == 4
+    assert retries(code) - before == 3
+
+
+async def test_only_the_refused_call_is_sent_again(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=2) as c:
+        await c.worker(0)
+        await c.worker(1, refusing("overloaded", 2, layer))
+        assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+        assert sorted(c.asked) == [0, 1, 1, 1]
+
+
+async def test_a_shard_without_worker_is_waited_for(nats_url: str, layer: Layer) -> None:
+    before = retries("no_responders")
+    async with cluster(nats_url, layer, shards=2) as c:
+        await c.worker(0)
+        asking = asyncio.create_task(c.ask(), name="ask")
+        await wait_until(lambda: retries("no_responders") > before, "the call to find nobody")
+        assert not asking.done()
+        await c.worker(1)
+        assert torch.allclose(await asking, await layer.expected(), atol=1e-5)
+
+
+async def test_a_shard_without_worker_is_given_up_after_the_recovery_time(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=2, recovery=0.2) as c:
+        await c.worker(0)
+        with pytest.raises(MoeError, match="shard 1 is unavailable: no worker serves it") as caught:
+            await c.ask()
+        assert caught.value.code == "shard_unavailable"
+        assert caught.value.status == 503
+
+
+async def test_a_worker_that_never_answers_is_given_up_at_the_deadline(nats_url: str, layer: Layer) -> None:
+    silent = asyncio.Event()
+
+    async def handler(message: Msg) -> bytes:
+        await silent.wait()
+        return await layer.answer(message)
+
+    async with cluster(nats_url, layer, shards=1, timeout=0.3) as c:
+        await c.worker(0, handler)
+        with pytest.raises(MoeError, match="do not answer") as caught:
+            await c.ask()
+        assert caught.value.code == "shard_unavailable"
+
+
+async def test_a_worker_that_always_refuses_is_given_up_at_the_deadline(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1, timeout=0.3) as c:
+        await c.worker(0, refusing("overloaded", 10**6, layer))
+        with pytest.raises(MoeError, match="overloaded") as caught:
+            await c.ask()
+        assert caught.value.code == "shard_unavailable"
+
+
+async def test_a_worker_that_fails_at_a_call_is_not_the_end_of_it(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=2) as c:
+        await c.worker(0)
+        await c.worker(1, refusing("internal_error", 2, layer))
+        assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+        assert c.asked.count(1) == 3
+
+
+async def test_a_call_that_no_worker_can_compute_is_given_up_after_three_tries(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=2) as c:
+        await c.worker(0)
+        await c.worker(1, refusing("bad_message", 10, layer))
+        with pytest.raises(MoeError, match="cannot compute") as caught:
+            await c.ask()
+        assert caught.value.code == "shard_unavailable"
+        assert c.asked.count(1) == 3
+
+
+def reply_with(tensor: torch.Tensor) -> bytes:
+    return wire.encode(ExpertsReply(hidden_states=to_wire(tensor)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x81\xa1v\x02",
+        reply_with(torch.zeros(1, HIDDEN)),
+        reply_with(torch.zeros(9, HIDDEN + 1)),
+        reply_with(torch.zeros(9, HIDDEN, dtype=torch.float16)),
+        reply_with(torch.zeros(9 * HIDDEN)),
+    ],
+    ids=["empty", "garbage", "version 2", "too few rows", "width", "dtype", "flat"],
+)
+async def test_a_bad_reply_is_a_typed_error(nats_url: str, layer: Layer, data: bytes) -> None:
+    async def handler(_message: Msg) -> bytes:
+        return data
+
+    async with cluster(nats_url, layer, shards=1) as c:
+        await c.worker(0, handler)
+        with pytest.raises(MoeError) as caught:
+            await c.ask()
+        assert caught.value.code == "shard_unavailable"
+
+
+async def test_a_worker_that_leaves_is_replaced_by_its_replica(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1) as c:
+        first = await c.worker(0)
+        await c.ask()
+        await c.worker(0)
+        await first.abort()
+        for _ in range(5):
+            assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+
+
+async def test_a_call_carries_its_budget_and_the_requests_that_it_serves(nats_url: str, layer: Layer) -> None:
+    headers: list[dict[str, str]] = []
+
+    async def handler(message: Msg) -> bytes:
+        headers.append(dict(message.headers or {}))
+        return await layer.answer(message)
+
+    async with cluster(nats_url, layer, shards=1, timeout=3) as c:
+        await c.worker(0, handler)
+        token = request_id.set("req-1,req-2")
+        try:
+            await c.ask()
+        finally:
+            request_id.reset(token)
+    assert headers[0][REQUEST_ID] == "req-1,req-2"
+    assert 0 < int(headers[0][BUDGET_MS]) <= 3000
+
+
+async def test_a_cancelled_call_leaves_nothing_waiting(nats_url: str, layer: Layer) -> None:
+    silent = asyncio.Event()
+
+    async def handler(message: Msg) -> bytes:
+        await silent.wait()
+        return await layer.answer(message)
+
+    async with connected(nats_url) as router:
+        c = Cluster(nats_url, router, layer, 2, 20, 10)
+        async with c.stack:
+            for shard in range(2):
+                await c.worker(shard, handler)
+            asking = asyncio.create_task(c.ask(), name="ask")
+            await wait_until(lambda: sorted(c.asked) == [0, 1], "both shards to be asked")
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+            assert router.waiting == 0
+            silent.set()

@@ -1,0 +1,67 @@
+"""The block pool gives out each block once; the cache keeps to its budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.router.kv_cache import BlockPool, KVCache, block_bytes, num_blocks
+from shared.settings import MIB
+from tests.router.configurations import configuration
+
+
+@settings(deadline=None)
+@given(blocks=st.integers(0, 30), wishes=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=40))
+def test_a_block_has_one_owner_and_none_is_lost(blocks: int, wishes: list[tuple[bool, int]]) -> None:
+    pool = BlockPool(blocks, 16)
+    owned: list[list[int]] = []
+    for take, number in wishes:
+        if take:
+            free = pool.free
+            given_out = pool.take(number)
+            if given_out is None:
+                assert number > free == pool.free, "refused although there were enough, or some were lost by refusing"
+            else:
+                assert len(given_out) == number
+                owned.append(given_out)
+        elif owned:
+            pool.give_back(owned.pop(number % len(owned)))
+        held = [block for some in owned for block in some]
+        assert len(held) == len(set(held))
+        assert set(held) <= set(range(1, blocks + 1)), "block 0 is nobody's"
+        assert pool.free + len(held) == blocks
+        if blocks:
+            assert pool.usage == pytest.approx(len(held) / blocks)
+    for some in owned:
+        pool.give_back(some)
+    assert sorted(pool.take(blocks) or []) == list(range(1, blocks + 1))
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
+def test_tokens_take_whole_blocks(tokens: int, blocks: int) -> None:
+    assert BlockPool(8, 16).blocks_for(tokens) == blocks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_tokens", [1, 16, 100])
+def test_the_cache_keeps_to_its_budget_and_uses_it(dtype: torch.dtype, block_tokens: int) -> None:
+    config = configuration()
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    blocks = num_blocks(config, 1, block_tokens, itemsize)
+    cache = KVCache(config, blocks, block_tokens, dtype, torch.device("cpu"))
+    size = sum(tensor.nbytes for tensor in [*cache.keys, *cache.values])
+    assert size <= MIB < size + block_bytes(config, block_tokens, itemsize)
+    assert len(cache.keys) == len(cache.values) == config.num_hidden_layers
+    slots = (blocks + 1) * block_tokens
+    assert cache.keys[0].shape == (slots, config.num_key_value_heads, config.head_dim)
+
+
+def test_the_padding_block_is_zero() -> None:
+    cache = KVCache(configuration(), 2, 4, torch.float32, torch.device("cpu"))
+    assert not any(tensor[:4].any() for tensor in [*cache.keys, *cache.values])
+
+
+def test_a_budget_below_one_block_holds_none() -> None:
+    assert num_blocks(configuration(max_position_embeddings=4096), 1, 4096, 4) == 0
