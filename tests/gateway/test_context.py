@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from services.gateway.context import Context
 from services.gateway.openai_types import CompletionRequest
@@ -66,7 +66,7 @@ def test_a_router_reads_what_the_types_let_through(gateway: Context, parameters:
 )
 def test_a_number_that_no_message_can_carry_is_refused(gateway: Context, parameters: dict[str, Any]) -> None:
     # Either by the body's types, which parse() makes an invalid_request of, or by what the model's vocabulary says.
-    with pytest.raises((MoeError, ValidationError), match="top_k|logit_bias"):
+    with pytest.raises((MoeError, ValidationError), match=r"top_k|logit_bias"):
         requests(gateway, **parameters)
 
 
