@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.names import expert_names
+from shared.linear import linear
 from shared.tensors import TensorReader
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -124,8 +125,8 @@ class ExpertBank:
             w = self._weights[layer, expert]
             rows = token_index[start : start + count]  # [n]
             x = hidden if count == hidden.shape[0] == 1 else hidden[rows]  # [n, H]
-            gate, up = F.linear(x, w.gate_up).chunk(2, dim=-1)  # [n, I] each
-            y = F.linear(self._act(gate) * up, w.down)  # [n, H]
+            gate, up = linear(x, w.gate_up).chunk(2, dim=-1)  # [n, I] each
+            y = linear(self._act(gate) * up, w.down)  # [n, H]
             out.index_add_(0, rows, y.float() * weights[start : start + count])
             start += count
         return out.to(hidden.dtype)

@@ -84,4 +84,5 @@ SHARD_BYTES = Gauge("moe_shard_weights_bytes", "weights held, by shard", ["shard
 # monitor
 INSTANCES = Gauge("moe_instances", "live instances", ["service", "state"], registry=REGISTRY)
 SHARD_REPLICAS = Gauge("moe_shard_replicas", "ready workers of a shard", ["deployment", "shard"], registry=REGISTRY)
+SHARDS_MISSING = Gauge("moe_shards_missing", "shards that no ready worker serves", ["deployment"], registry=REGISTRY)
 EVENTS = Counter("moe_events_total", "events published", ["kind"], registry=REGISTRY)

@@ -25,12 +25,20 @@ def findings(before: Sequence[Status], now: Sequence[Status]) -> list[Finding]:
         for s in before
         if (s.service, s.instance) not in present and s.state != "draining"
     ]
+    for deployment, missing in shards_missing(now).items():
+        found += [
+            Finding("shard_without_replica", f"{deployment}/{shard}", f"no worker serves shard {shard} of {deployment}")
+            for shard in missing
+        ]
+    return found
+
+
+def shards_missing(now: Sequence[Status]) -> dict[str, list[int]]:
+    """Per deployment that has a ready router: the shards that no ready worker serves."""
+    result = {}
     for deployment in sorted({s.deployment for s in now if s.service == "router" and s.state == "ready"}):
         mine = [s for s in now if s.deployment == deployment]
         served = {shard for s in mine if s.service == "expert" and s.state == "ready" for shard in s.shards}
-        found += [
-            Finding("shard_without_replica", f"{deployment}/{shard}", f"no worker serves shard {shard} of {deployment}")
-            for shard in range(max((s.num_shards for s in mine), default=0))
-            if shard not in served
-        ]
-    return found
+        num_shards = max(s.num_shards for s in mine)
+        result[deployment] = [shard for shard in range(num_shards) if shard not in served]
+    return result

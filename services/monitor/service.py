@@ -8,12 +8,12 @@ import time
 import msgspec
 import structlog
 
-from services.monitor.findings import Finding, findings
+from services.monitor.findings import Finding, findings, shards_missing
 from services.monitor.messages import Event
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import MoeError
-from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS
+from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS, SHARDS_MISSING
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import MonitorSettings
 from shared.status import Fleet, Status, StatusReporter
@@ -51,6 +51,9 @@ class Monitor:
     def _gauges(self, now: list[Status]) -> None:
         INSTANCES.clear()
         SHARD_REPLICAS.clear()
+        SHARDS_MISSING.clear()
+        for deployment, missing in shards_missing(now).items():
+            SHARDS_MISSING.labels(deployment).set(len(missing))
         for status in now:
             INSTANCES.labels(status.service, status.state).inc()
             if status.service == "expert" and status.state == "ready":

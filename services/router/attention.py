@@ -33,20 +33,22 @@ def attend(
             mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= (d.lengths - window)[:, None])
         k = keys[d.context].transpose(1, 2)  # [B, kv, L, D]
         v = values[d.context].transpose(1, 2)
-        q = query[:count].unsqueeze(2)  # [B, heads, 1, D]
+        # In float32 one row has a kernel of its own; as two it is summed as the rows of a prefill are.
+        copies = 2 if query.dtype is torch.float32 else 1
+        q = query[:count].unsqueeze(2).repeat(1, 1, copies, 1)  # [B, heads, copies, D]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], enable_gqa=True)
-        out[:count] = y.squeeze(2)
+        out[:count] = y[:, :, 0]
     for p in batch.prefills:
         rows = slice(p.row, p.row + p.count)
         length = p.context.shape[0]
         q = query[rows].transpose(0, 1).unsqueeze(0)  # [1, heads, n, D]
         k = keys[p.context].transpose(0, 1).unsqueeze(0)  # [1, kv, L, D]
         v = values[p.context].transpose(0, 1).unsqueeze(0)
-        if length == p.count and window is None:
+        if length == p.count and not p.start and window is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
             columns = torch.arange(length, device=query.device)
-            at = columns[length - p.count :, None]
+            at = columns[p.start : p.start + p.count, None]
             visible = columns <= at  # [n, L]
             if window is not None:
                 visible = visible & (columns > at - window)

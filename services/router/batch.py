@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+CONTEXT_MULTIPLE = 64
+"""Contexts are padded to multiples of this: attention then sums in the same order whatever the longest context is."""
+
+
+def padded(length: int) -> int:
+    return -(-length // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -27,10 +35,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Rows [row, row + count) are tokens of one sequence, attending to `context` [L] slots."""
+    """Rows [row, row + count): one sequence's tokens from position `start`, attending to `context` [L] slots."""
 
     row: int
     count: int
+    start: int
     context: torch.Tensor
 
 
@@ -87,9 +96,10 @@ def build_batch(spans: list[Span], block_tokens: int, device: torch.device) -> B
         longest = max(len(span.blocks) for span in singles)
         table = torch.tensor([span.blocks + [0] * (longest - len(span.blocks)) for span in singles])  # [B, blocks]
         context = (table[:, :, None] * block_tokens + torch.arange(block_tokens)).flatten(1)  # [B, L]
-        context = context[:, : int(ends.max())]
-        valid = torch.arange(context.shape[1]) < ends[:, None]
         slots.append(context.gather(1, (ends - 1)[:, None]).squeeze(1))
+        length = padded(int(ends.max()))
+        context = F.pad(context[:, :length], (0, max(0, length - context.shape[1])))
+        valid = torch.arange(length) < ends[:, None]
         # Slots past a sequence's end may hold another's leftovers: read block 0, which is zero.
         context = torch.where(valid, context, 0)
         decode = Decode(context.to(device), valid.to(device), ends.to(device))
@@ -103,7 +113,8 @@ def build_batch(spans: list[Span], block_tokens: int, device: torch.device) -> B
         if count > 1:
             context = _slots(span.blocks, block_tokens, 0, span.end)
             slots.append(context[span.start :])
-            prefills.append(Prefill(row, count, context.to(device)))
+            context = F.pad(context, (0, padded(span.end) - span.end))
+            prefills.append(Prefill(row, count, span.start, context.to(device)))
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
