@@ -134,7 +134,6 @@ class Stack:
         if not self.nats_url:
             port = free_port(USUAL_PORT)
             self.nats_url = f"nats://127.0.0.1:{port}"
-            sys.stderr.write(f"nats-server {self.nats_url}\n")
             config = write_config(self._folder, port)
             self.children.append(Child("nats-server", [binary(), "--config", str(config)], dict(os.environ)))
         names = ["monitor", *["expert"] * self._plan.experts, *["router"] * self._plan.routers, "gateway"]
@@ -207,6 +206,7 @@ async def _announce(stack: Stack) -> None:
         done.set()
         with contextlib.suppress(MoeError):
             await bars
+    sys.stderr.write(f"nats-server {stack.nats_url}\n")
     sys.stdout.write(f"ready {stack.url}\n")
     sys.stdout.flush()
 
