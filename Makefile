@@ -1,4 +1,4 @@
-.PHONY: help install run test lint format
+.PHONY: help install run test test-slow lint format
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,5 +30,8 @@ format: $(VENV)/.installed-dev  ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: lint  ## lint, types and all tests
+test: lint  ## lint, types, and all tests but the slow ones
 	$(BIN)/pytest
+
+test-slow: $(VENV)/.installed-dev  ## the slow tests: every switch with every number of shards, memory, waiting for NATS
+	$(BIN)/pytest -m slow

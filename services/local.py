@@ -18,12 +18,16 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
+from services.gateway.text import TextTokenizer
 from services.nats_server import USUAL_PORT, binary, free_port, write_config
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
+from shared.checkpoint.names import check_experts
 from shared.errors import MoeError, StartError
+from shared.settings import ExpertSettings, GatewaySettings, MonitorSettings, RouterSettings, load
 from shared.status import Fleet
 
+NATS = "nats-server"
 STOP_SECONDS = 15.0
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 10.0
@@ -48,6 +52,10 @@ def _die_with_parent() -> None:
     """In the child: end when the supervisor does, even if it is killed and can stop nobody."""
     if _libc is not None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class ChildRefusedError(Exception):
+    """A service did not start; its own line has said why."""
 
 
 @dataclass
@@ -75,7 +83,8 @@ class Child:
         """Restart it whenever it ends by itself, with backoff.
 
         Raises:
-            StartError: it refused to start (exit code 2) before all of the stack was up; its own line has said why.
+            ChildRefusedError: it refused to start (exit code 2) before all of the stack was up.
+            StartError: nats-server ended before that: its port was taken in the meantime, most likely.
 
         """
         delay = FIRST_BACKOFF_SECONDS
@@ -86,8 +95,10 @@ class Child:
             code = await self.process.wait()
             if self.stopping.is_set():
                 return
+            if self.name == NATS and not is_up():
+                raise StartError(f"nats-server ended with code {code} before the stack was up; try again")
             if code == 2 and not is_up():
-                raise StartError(f"{self.name} refused to start")
+                raise ChildRefusedError
             if time.monotonic() - started > MAX_BACKOFF_SECONDS:
                 delay = FIRST_BACKOFF_SECONDS
             sys.stderr.write(f"{self.name} ended with code {code}; restarting in {delay:g} s\n")
@@ -118,7 +129,13 @@ class Stack:
     """nats-server and the services of one `openmoe up`."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
+        # What would make a service refuse is found here first: one line, before anything runs.
+        self.gateway = load(GatewaySettings)
+        for kind in (RouterSettings, ExpertSettings, MonitorSettings):
+            load(kind)
         checkpoint = Checkpoint.open(plan.model)
+        check_experts(checkpoint.config, checkpoint.tensors)
+        TextTokenizer.open(plan.model)
         self._plan = plan
         self._folder = folder
         self._shards = plan.shards or min(plan.experts, checkpoint.config.num_experts)
@@ -135,7 +152,7 @@ class Stack:
             port = free_port(USUAL_PORT)
             self.nats_url = f"nats://127.0.0.1:{port}"
             config = write_config(self._folder, port)
-            self.children.append(Child("nats-server", [binary(), "--config", str(config)], dict(os.environ)))
+            self.children.append(Child(NATS, [binary(), "--config", str(config)], dict(os.environ)))
         names = ["monitor", *["expert"] * self._plan.experts, *["router"] * self._plan.routers, "gateway"]
         suffix = os.urandom(3).hex()
         for number, service in enumerate(names):
@@ -196,7 +213,7 @@ async def _announce(stack: Stack) -> None:
     """Wait for the first real completion, then say ready."""
     done = asyncio.Event()
     bars = asyncio.create_task(_show_loading(stack, done), name="progress")
-    token = os.environ.get("API_AUTH_TOKEN", "")
+    token = stack.gateway.api_auth_token
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=30, trust_env=False) as client:

@@ -128,6 +128,7 @@ class Bus:
         self._lost: dict[str, Callable[[MoeError], None]] = {}
         self.served: list[Served] = []
         self._watching: list[Subscription] = []
+        self._closing = False
 
     @classmethod
     async def connect(cls, url: str, service: str, instance: str, *, wait_seconds: float = 60) -> Self:
@@ -145,9 +146,10 @@ class Bus:
             log.warning("bus.error", error=str(error) or type(error).__name__)
 
         async def on_disconnect() -> None:
+            if bus is None or not bus._closing:
+                log.warning("bus.disconnected")
             if bus is not None:
                 bus._fail_waiting()
-            log.warning("bus.disconnected")
 
         async def on_reconnect() -> None:
             log.info("bus.reconnected")
@@ -177,7 +179,7 @@ class Bus:
             except Exception as error:  # nats-py raises a dozen types here; all mean "not yet"
                 if time.monotonic() + delay > give_up:
                     raise MoeError(
-                        "bus_unavailable", f"no NATS server at {without_secrets(url)}: {error or 'no answer'}"
+                        "bus_unavailable", f"no NATS server answered: {str(error) or type(error).__name__}"
                     ) from None
                 log.info("bus.waiting", url=without_secrets(url), retry_in_seconds=round(delay, 2))
                 await asyncio.sleep(delay)
@@ -374,6 +376,7 @@ class Bus:
 
     async def abort(self) -> None:
         """Close without waiting for work in flight."""
+        self._closing = True
         for served in self.served:
             for task in served.tasks:
                 task.cancel()

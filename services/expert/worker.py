@@ -70,6 +70,7 @@ class Worker:
         self._fleet = Fleet()
         self._served: list[Served] = []
         self._uncovered_since: dict[int, float] = {}
+        self._deaf_until = 0.0
         self._address, self._stop_metrics = serve_metrics(
             settings, lambda: self._state.ready and not self._state.draining
         )
@@ -147,6 +148,12 @@ class Worker:
     async def _take_over(self, bus: Bus) -> None:
         """Load shards that have been without a worker for a while and fall to this one."""
         now = time.monotonic()
+        if not any(s.instance == self._instance for s in self._fleet.live("expert")):
+            # Not even our own report comes back: we hear nobody, which says nothing about them.
+            self._uncovered_since = {}
+            self._deaf_until = now + TAKEOVER_SECONDS
+        if now < self._deaf_until:
+            return
         lost = shards_to_take_over(self._status(), self._workers(), self._settings.expert_shards)
         self._uncovered_since = {shard: self._uncovered_since.get(shard, now) for shard in lost}
         due = tuple(shard for shard, since in self._uncovered_since.items() if now - since >= TAKEOVER_SECONDS)

@@ -57,8 +57,8 @@ class Context:
     def max_model_len(self) -> int:
         """The longest sequence that every ready router can hold."""
         limits = [s.max_model_len for s in self.routers() if s.max_model_len]
-        own = self.settings.max_model_len or self.config.max_position_embeddings
-        return min([*limits, own, self.config.max_position_embeddings])
+        own = self.settings.max_model_len or self.config.context_length
+        return min([*limits, own, self.config.context_length])
 
     def routers(self) -> list[Status]:
         """Reports of the deployment's live routers."""

@@ -73,7 +73,7 @@ class Router:
         self._total_bytes = DenseModel.load_bytes(checkpoint, itemsize)
         blocks = num_blocks(config, settings.kv_cache_mb, settings.kv_block_tokens, itemsize)
         capacity = blocks * settings.kv_block_tokens - 1
-        wanted = min(settings.max_model_len or config.max_position_embeddings, config.max_position_embeddings)
+        wanted = min(settings.max_model_len or config.context_length, config.context_length)
         if capacity < 1 or (settings.max_model_len and capacity < wanted):
             raise StartError(
                 f"KV_CACHE_MB={settings.kv_cache_mb} holds {max(capacity, 0)} tokens, "

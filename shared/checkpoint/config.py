@@ -70,6 +70,12 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
+    @property
+    def context_length(self) -> int:
+        """The longest sequence: dynamic scaling is for those beyond the positions of training."""
+        stretch = self.rope.factor if self.rope.type == "dynamic" else 1.0
+        return int(self.max_position_embeddings * stretch)
+
 
 class _Reader:
     """Typed access to config.json; every complaint names the file and the key."""

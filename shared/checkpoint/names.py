@@ -41,3 +41,23 @@ def expert_names(config: ModelConfig, index: TensorIndex, layer: int, expert: in
         gate, up, down = "gate_proj", "up_proj", "down_proj"
     own = f"{prefix}{expert}."
     return ExpertNames(f"{own}{gate}.weight", f"{own}{up}.weight", f"{own}{down}.weight")
+
+
+def check_experts(config: ModelConfig, index: TensorIndex) -> None:
+    """Look every routed expert's tensors up, without reading them.
+
+    Raises:
+        CheckpointError: one is missing, or of another shape or type.
+
+    """
+    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    for layer in config.moe_layers:
+        for expert in range(config.num_experts):
+            names = expert_names(config, index, layer, expert)
+            if names.row is None:
+                index.expect(names.gate, (inner, hidden))
+                index.expect(names.up, (inner, hidden))
+                index.expect(names.down, (hidden, inner))
+            elif not expert:
+                index.expect(names.gate, (config.num_experts, 2 * inner, hidden))
+                index.expect(names.down, (config.num_experts, hidden, inner))
