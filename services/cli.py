@@ -35,6 +35,8 @@ def up(
     plan = local.Plan(model.expanduser().resolve(), host, port, experts, routers, shards, data_dir)
     try:
         asyncio.run(local.up(plan))
+    except local.ChildRefusedError:
+        raise typer.Exit(2) from None
     except StartError as error:
         refuse(error)
 
@@ -62,6 +64,62 @@ def status(nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://1
         Console().print(asyncio.run(fleet_table(nats_url)))
     except StartError as error:
         refuse(error)
+
+
+@app.command()
+def smoke(
+    url: Annotated[str, typer.Argument(help="A running gateway.")] = "http://127.0.0.1:8000",
+    api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each answer.")] = 30,
+) -> None:
+    """Check a deployment: health, a completion, a stream, routing, metrics. Exit code 1 if one of them fails."""
+    from rich.console import Console
+
+    from services import smoke as checks
+
+    results = checks.smoke(url, api_key, timeout)
+    Console().print(checks.smoke_table(results))
+    raise typer.Exit(0 if all(result.ok for result in results) else 1)
+
+
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(help="A running gateway.")] = "http://127.0.0.1:8000",
+    rate: Annotated[float, typer.Option(min=0.01, max=10_000, help="Requests per second.")] = 5,
+    duration: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds.")] = 10,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 16,
+    stream: Annotated[bool, typer.Option(help="Stream the answers.")] = True,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each answer.")] = 60,
+    max_failures: Annotated[int, typer.Option(min=0, help="More failed requests: exit code 1.")] = 0,
+    max_p99: Annotated[float | None, typer.Option(min=0, help="A higher p99, in seconds: exit code 1.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,
+) -> None:
+    """Send open-loop load, report latency from the scheduled send, and pass or fail.
+
+    Example: openmoe load http://127.0.0.1:8000 --rate 10 --duration 30 --max-p99 2
+    """
+    from rich.console import Console
+
+    from services import load as generator
+
+    plan = generator.Load(
+        url,
+        rate,
+        duration,
+        max_tokens,
+        stream,
+        timeout,
+        api_key,
+        max_failures=max_failures,
+        max_p99=max_p99,
+    )
+    console = Console()
+    outcome = asyncio.run(generator.run(plan, console))
+    console.print(generator.load_table(plan, outcome))
+    reasons = generator.verdict(plan, outcome)
+    for reason in reasons:
+        typer.echo(f"failed: {reason}", err=True)
+    raise typer.Exit(1 if reasons else 0)
 
 
 @app.command()
