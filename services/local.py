@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from services.gateway.text import TextTokenizer
-from services.nats_server import USUAL_PORT, binary, free_port, write_config
+from services.nats_server import USUAL_PORT, answers_as, binary, free_port, write_config
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.names import check_experts
@@ -27,7 +27,8 @@ from shared.errors import MoeError, StartError
 from shared.settings import ExpertSettings, GatewaySettings, MonitorSettings, RouterSettings, load
 from shared.status import Fleet
 
-NATS = "nats-server"
+NATS_ATTEMPTS = 3
+NATS_SECONDS = 10.0
 STOP_SECONDS = 15.0
 FIRST_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 10.0
@@ -84,19 +85,17 @@ class Child:
 
         Raises:
             ChildRefusedError: it refused to start (exit code 2) before all of the stack was up.
-            StartError: nats-server ended before that: its port was taken in the meantime, most likely.
 
         """
         delay = FIRST_BACKOFF_SECONDS
         while True:
             started = time.monotonic()
-            await self.start()
+            if self.process is None or self.process.returncode is not None:
+                await self.start()
             assert self.process is not None  # noqa: S101 - start() made it
             code = await self.process.wait()
             if self.stopping.is_set():
                 return
-            if self.name == NATS and not is_up():
-                raise StartError(f"nats-server ended with code {code} before the stack was up; try again")
             if code == 2 and not is_up():
                 raise ChildRefusedError
             if time.monotonic() - started > MAX_BACKOFF_SECONDS:
@@ -146,13 +145,33 @@ class Stack:
         self.nats_url = os.environ.get("NATS_URL") or ""
         self.children: list[Child] = []
 
+    async def start_nats(self) -> None:
+        """Start nats-server, on another port if somebody takes the chosen one first; nothing if NATS_URL names one.
+
+        Raises:
+            StartError: it does not start.
+
+        """
+        if self.nats_url:
+            return
+        for attempt in range(NATS_ATTEMPTS):
+            port, name = free_port(0 if attempt else USUAL_PORT), f"openmoe-{os.urandom(4).hex()}"
+            config = write_config(self._folder, port, name)
+            child = Child("nats-server", [binary(), "--config", str(config)], dict(os.environ))
+            self.children = [child]
+            await child.start()
+            assert child.process is not None  # noqa: S101 - start() made it
+            deadline = time.monotonic() + NATS_SECONDS
+            while child.process.returncode is None and time.monotonic() < deadline:
+                if await answers_as(port, name):
+                    self.nats_url = f"nats://127.0.0.1:{port}"
+                    return
+                await asyncio.sleep(0.02)
+            await child.stop()
+        raise StartError("nats-server does not start; its own lines above say why")
+
     def prepare(self) -> None:
-        """Decide on every process."""
-        if not self.nats_url:
-            port = free_port(USUAL_PORT)
-            self.nats_url = f"nats://127.0.0.1:{port}"
-            config = write_config(self._folder, port)
-            self.children.append(Child(NATS, [binary(), "--config", str(config)], dict(os.environ)))
+        """Decide on the services' processes."""
         names = ["monitor", *["expert"] * self._plan.experts, *["router"] * self._plan.routers, "gateway"]
         suffix = os.urandom(3).hex()
         for number, service in enumerate(names):
@@ -241,7 +260,6 @@ async def up(plan: Plan) -> None:
         folder = plan.data_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         stack = Stack(plan, folder)
-        stack.prepare()
 
         def on_signal() -> None:
             if shutdown.is_set():
@@ -250,6 +268,12 @@ async def up(plan: Plan) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        try:
+            await stack.start_nats()
+        except BaseException:
+            await stack.stop()
+            raise
+        stack.prepare()
         announce = asyncio.create_task(_announce(stack), name="announce")
         keepers = [
             asyncio.create_task(child.keep(announce.done), name=f"keep:{child.name}") for child in stack.children

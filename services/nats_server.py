@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import shutil
 import socket
@@ -12,6 +14,7 @@ from shared.errors import StartError
 
 MAX_PAYLOAD = "8MB"
 USUAL_PORT = 4222
+GREETING_SECONDS = 1.0
 
 
 def free_port(wanted: int = 0) -> int:
@@ -42,12 +45,27 @@ def binary() -> str:
     return found
 
 
-def write_config(folder: Path, port: int) -> Path:
+async def answers_as(port: int, name: str) -> bool:
+    """Whether the nats-server called `name`, and not another that took the port first, listens on `port`."""
+    try:
+        async with asyncio.timeout(GREETING_SECONDS):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                greeting = await reader.readline()  # INFO {…}
+            finally:
+                writer.close()
+        info = json.loads(greeting.removeprefix(b"INFO "))
+    except (OSError, ValueError, TimeoutError):
+        return False
+    return isinstance(info, dict) and info.get("server_name") == name
+
+
+def write_config(folder: Path, port: int, name: str = "openmoe") -> Path:
     """Write nats-server's configuration into `folder` and return its path."""
     path = folder / "nats.conf"
     store = folder / "jetstream"
     path.write_text(
-        f'listen: "127.0.0.1:{port}"\nmax_payload: {MAX_PAYLOAD}\nwrite_deadline: "10s"\n'
+        f'server_name: "{name}"\nlisten: "127.0.0.1:{port}"\nmax_payload: {MAX_PAYLOAD}\nwrite_deadline: "10s"\n'
         f'jetstream {{ store_dir: "{store}" }}\n',
         encoding="utf-8",
     )
