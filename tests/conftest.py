@@ -10,10 +10,17 @@ from collections.abc import AsyncIterator
 import psutil
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, settings
 
 from tests.running import Stack, Watcher, running_nats, running_stack, wait_until, watching
 
 TIDY_SECONDS = 5.0
+
+# The same examples each time, however slow the machine: a test that fails must fail again.
+settings.register_profile(
+    "openmoe", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+)
+settings.load_profile("openmoe")
 
 # Before anything imports torch: its threads would spin against the processes that the tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
