@@ -92,7 +92,7 @@ async def test_completions_logprobs_streaming_and_not_say_the_same(client: Async
 
 
 async def test_a_seed_repeats_and_choices_differ(client: AsyncOpenAI) -> None:
-    # One at a time: the demo model is bf16, where rounding depends on what else is in the batch.
+    # One at a time: on some CPUs bfloat16 results depend on what else is in the batch (docs/decisions/0005-numerics.md).
     first, second, other = [
         await client.completions.create(model="demo", prompt="import ", max_tokens=16, seed=seed) for seed in (5, 5, 6)
     ]
