@@ -148,7 +148,7 @@ class Router:
             self._state = "ready"
             await self._reporter.publish()
             log.info("router.ready", instance=self._instance, deployment=self._deployment, kv_blocks=self._blocks)
-            await self._engine_task
+            await asyncio.shield(self._engine_task)  # on cancellation it must go on: _drain waits for its generations
         except asyncio.CancelledError:
             await self._drain(bus)
             raise
