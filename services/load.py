@@ -79,7 +79,8 @@ def verdict(load: Load, outcome: Outcome) -> list[str]:
 
 async def _one(http: httpx.AsyncClient, load: Load, number: int, due: float, outcome: Outcome) -> None:
     body = {
-        "prompt": PROMPTS[number % len(PROMPTS)],
+        # Each prompt is new, so that no cache answers in the model's place.
+        "prompt": f"# {load.seed}.{number}\n{PROMPTS[number % len(PROMPTS)]}",
         "max_tokens": load.max_tokens,
         "temperature": 0,
         "ignore_eos": True,

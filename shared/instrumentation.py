@@ -42,6 +42,9 @@ INTER_TOKEN_LATENCY = Histogram(
     buckets=_LATENCY,
     registry=REGISTRY,
 )
+CACHE_LOOKUPS = Counter(
+    "moe_cache_lookups_total", "answers looked up in the cache: hit, miss, unavailable", ["result"], registry=REGISTRY
+)
 E2E_LATENCY = Histogram(
     "moe_e2e_request_latency_seconds", "arrival to last token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
 )

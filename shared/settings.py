@@ -10,12 +10,13 @@ from typing import Literal, NoReturn, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio import Redis
 
 from shared.errors import StartError
 
 MIB = 1024 * 1024
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
-SECRETS = ("API_AUTH_TOKEN",)
+SECRETS = ("API_AUTH_TOKEN", "REDIS_URL")
 
 
 class ServiceSettings(BaseSettings):
@@ -70,6 +71,22 @@ class GatewaySettings(ServiceSettings):
     max_queued_requests: int = Field(1024, ge=0, le=1_000_000, description="generations in line; more get HTTP 429")
     max_body_mb: int = Field(32, ge=1, le=1024, description="largest HTTP body")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
+    redis_url: str | None = Field(None, description="the Redis that keeps answers (default: none are kept)")
+    enable_caching: bool = Field(True, description="with REDIS_URL: give known answers to repeated requests")
+    cache_ttl_seconds: int = Field(3600, ge=1, le=31_536_000, description="how long an answer is kept")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _is_redis(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if not re.match(r"(redis|rediss|unix)://.+", value):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        try:
+            Redis.from_url(value)
+        except ValueError:  # its text may quote a part of the password
+            raise ValueError("must be of the form redis://[user:password@]host[:port][/database]") from None
+        return value
 
     @model_validator(mode="after")
     def _production_is_closed(self) -> Self:

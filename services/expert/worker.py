@@ -18,7 +18,7 @@ from shared import subjects, wire
 from shared.bus import REQUEST_ID, Bus, Served, deadline, raise_if_expired
 from shared.checkpoint import Checkpoint
 from shared.compute import Compute, select_device, select_dtype, set_threads
-from shared.errors import BadMessageError, MoeError
+from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.experts import ExpertBank, shard_experts
 from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES
 from shared.logs import request_id, safe_request_id
@@ -28,6 +28,9 @@ from shared.status import Fleet, Status
 from shared.tensors import from_wire, to_wire
 
 log = structlog.get_logger()
+
+for _code in HTTP_STATUS:  # from the start, so that a dashboard shows zero and not nothing
+    EXPERT_ERRORS.labels(_code)
 
 FLOATS = ("float32", "bfloat16", "float16")
 JOIN_SECONDS = 2.0

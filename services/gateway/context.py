@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from services.gateway.admission import Admission
+from services.gateway.answers import Answers
 from services.gateway.generation import Generator, Observations, Piece
 from services.gateway.openai_types import GenerationParameters
 from services.gateway.text import TextTokenizer
@@ -44,6 +45,7 @@ class Context:
     tokenizer: TextTokenizer
     admission: Admission
     observations: Observations
+    answers: Answers
     generator: Generator
     started: float = field(default_factory=time.time)
     draining: bool = False

@@ -9,10 +9,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from shared.errors import RETRY_AFTER_SECONDS, MoeError
+from shared.errors import HTTP_STATUS, RETRY_AFTER_SECONDS, MoeError
 from shared.instrumentation import REJECTIONS
 
 log = structlog.get_logger()
+
+for _code in HTTP_STATUS:  # from the start, so that a dashboard shows zero and not nothing
+    REJECTIONS.labels(_code)
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

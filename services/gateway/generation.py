@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from services.gateway.admission import Admission
+from services.gateway.answers import Answers
 from services.gateway.report import Rate, Window
 from services.gateway.text import IncrementalDecoder, StopStrings, TextTokenizer
 from services.router.messages import CancelRequest, GenerateChunk, GenerateRequest, TokenLogprob
@@ -105,6 +106,7 @@ class Generator:
         tokenizer: TextTokenizer,
         admission: Admission,
         observations: Observations,
+        answers: Answers,
         timeout_seconds: float,
     ) -> None:
         self._bus = bus
@@ -112,6 +114,7 @@ class Generator:
         self._tokenizer = tokenizer
         self._admission = admission
         self._observations = observations
+        self._answers = answers
         self._timeout_seconds = timeout_seconds
         self._farewells: set[asyncio.Task[None]] = set()
 
@@ -136,36 +139,67 @@ class Generator:
 
     async def _pieces(self, request: GenerateRequest, stops: list[str], arrival: float) -> AsyncGenerator[Piece, None]:
         decoder, stop_strings = IncrementalDecoder(self._tokenizer), StopStrings(stops)
+        last: float | None = None
+        async with contextlib.aclosing(self._chunks(request)) as chunks:
+            async for chunk in chunks:
+                now = time.monotonic()
+                text, stopped = "", False
+                for token in chunk.token_ids:
+                    self._observations.token(arrival, last, now)
+                    last = now
+                    if token != chunk.stop_token_id:
+                        shown, stopped = stop_strings.push(decoder.push(token))
+                        text += shown
+                        if stopped:
+                            break
+                if chunk.finish_reason is not None and not stopped:
+                    shown, stopped = stop_strings.push(decoder.finish())
+                    text += shown + ("" if stopped else stop_strings.finish())
+                reason = "stop" if stopped else chunk.finish_reason
+                routing = [chunk.routing] if chunk.routing else []
+                if reason:
+                    self._observations.end(arrival, now, len(request.token_ids), reason)
+                yield Piece(text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason)
+                if reason:
+                    return
+
+    async def _chunks(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        """The generation's chunks: known ones, or a router's, which are then kept."""
+        key = self._answers.key(request)
+        if key is None:
+            source = self._from_router(request)
+        elif (found := await self._answers.find(key)) is not None:
+            for chunk in found:
+                yield chunk
+            return
+        else:
+            source = self._kept(key, request)
+        async with contextlib.aclosing(source) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _kept(self, key: str, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        """A router's chunks; once the last is there, all are on their way to the cache."""
+        taken: list[GenerateChunk] = []
+        async with contextlib.aclosing(self._from_router(request)) as chunks:
+            async for chunk in chunks:
+                taken.append(chunk)
+                if chunk.finish_reason is not None:
+                    self._own(self._answers.keep(key, taken))
+                yield chunk
+
+    async def _from_router(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        """A router's chunks, to the last; leaving early cancels the generation."""
         stream, accepted = await self._ask(request)
         with stream:
             finished = False
-            last: float | None = None
             try:
                 while not finished:
                     chunk = wire.decode(GenerateChunk, await stream.next(self._timeout_seconds))
-                    now = time.monotonic()
-                    text, stopped = "", False
-                    for token in chunk.token_ids:
-                        self._observations.token(arrival, last, now)
-                        last = now
-                        if token != chunk.stop_token_id:
-                            shown, stopped = stop_strings.push(decoder.push(token))
-                            text += shown
-                            if stopped:
-                                break
                     finished = chunk.finish_reason is not None
                     if chunk.finish_reason == "cancelled":
                         raise MoeError("cancelled", "the router cancelled the generation")
-                    if finished and not stopped:
-                        shown, stopped = stop_strings.push(decoder.finish())
-                        text += shown + ("" if stopped else stop_strings.finish())
-                    reason = "stop" if stopped else chunk.finish_reason
-                    routing = [chunk.routing] if chunk.routing else []
-                    if reason:
-                        self._observations.end(arrival, now, len(request.token_ids), reason)
-                    yield Piece(text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason)
-                    if stopped:
-                        return
+                    yield chunk
             finally:
                 if not finished:
                     self._own(self._cancel(accepted.id, accepted.instance))

@@ -46,6 +46,8 @@ def health(context: Context) -> tuple[bool, dict[str, Any]]:
                 "instances": {s.instance: {"state": s.state, "shards": list(s.shards)} for s in workers},
             },
             "monitor": {"ready": bool(context.fleet.live("monitor"))},
+            # Without it answers are slower, never wrong, so it is not one of the checks.
+            **({"cache": {"ready": context.answers.available}} if context.answers.enabled else {}),
         },
     }
 
@@ -82,6 +84,11 @@ def performance_report(context: Context) -> dict[str, Any]:
         },
         "queue": {"running": context.admission.running, "waiting": context.admission.waiting},
         "kv_cache_usage": kv_usage,
+        "answer_cache": {
+            "lookups": context.answers.lookups,
+            "hits": context.answers.hits,
+            "hit_rate": round(context.answers.hits / context.answers.lookups, 4) if context.answers.lookups else None,
+        },
         "experts": experts,
         "recommendations": recommendations(
             waiting=context.admission.waiting, error_rate=error_rate, skew=skew, kv_usage=kv_usage

@@ -11,6 +11,7 @@ import structlog
 import uvicorn
 
 from services.gateway.admission import Admission
+from services.gateway.answers import Answers
 from services.gateway.app import build_app
 from services.gateway.context import Context
 from services.gateway.generation import Generator, Observations
@@ -86,7 +87,11 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         deployment = checkpoint.deployment(settings.model_name)
         admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
         observations = Observations(settings.model_name)
-        generator = Generator(service.bus, deployment, tokenizer, admission, observations, settings.timeout_seconds)
+        answers = Answers.open(settings, deployment)
+        stack.push_async_callback(answers.close)
+        generator = Generator(
+            service.bus, deployment, tokenizer, admission, observations, answers, settings.timeout_seconds
+        )
         context = Context(
             settings,
             checkpoint.config,
@@ -97,6 +102,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             tokenizer,
             admission,
             observations,
+            answers,
             generator,
         )
         config = uvicorn.Config(

@@ -20,6 +20,8 @@ from shared.status import Fleet, Status, StatusReporter
 
 log = structlog.get_logger()
 
+EVENTS.labels("alert")  # from the start, so that a dashboard shows zero and not nothing
+
 
 class Monitor:
     """Remembers the last look, and what was already said."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from services.gateway.admission import Admission
+from services.gateway.answers import Answers
 from services.gateway.context import Context
 from services.gateway.generation import Generator, Observations
 from services.gateway.text import TextTokenizer
@@ -22,7 +23,8 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
     tokenizer = TextTokenizer.open(settings.model)
     admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
     observations = Observations(settings.model_name)
-    generator = Generator(bus, deployment, tokenizer, admission, observations, settings.timeout_seconds)
+    answers = Answers.open(settings, deployment)
+    generator = Generator(bus, deployment, tokenizer, admission, observations, answers, settings.timeout_seconds)
     return Context(
         settings,
         checkpoint.config,
@@ -33,5 +35,6 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
         tokenizer,
         admission,
         observations,
+        answers,
         generator,
     )

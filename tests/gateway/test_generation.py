@@ -12,8 +12,9 @@ import pytest
 from nats.aio.msg import Msg
 
 from services.gateway.admission import Admission
+from services.gateway.answers import Answers
 from services.gateway.generation import Generator, Observations, Piece
-from services.router.messages import CancelReply, CancelRequest, GenerateChunk, GenerateRequest
+from services.router.messages import CancelReply, CancelRequest, GenerateChunk, GenerateRequest, Sampling
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, Bus
 from shared.errors import MoeError
@@ -63,14 +64,17 @@ class Router:
 class Gateway:
     """A generator on a connection of its own."""
 
-    def __init__(self, bus: Bus, deployment: str, timeout: float) -> None:
+    def __init__(self, bus: Bus, deployment: str, timeout: float, answers: Answers) -> None:
         self.bus = bus
         self.admission = Admission(4, 100, timeout)
         self.seen = Observations("test-generation")
-        self.generator = Generator(bus, deployment, WORDS, self.admission, self.seen, timeout)
+        self.generator = Generator(bus, deployment, WORDS, self.admission, self.seen, answers, timeout)
 
-    async def pieces(self, name: str = "g", stops: list[str] | None = None, tokens: int = 50) -> list[Piece]:
-        request = GenerateRequest(id=name, token_ids=[1, 2, 3], max_tokens=tokens)
+    async def pieces(
+        self, name: str = "g", stops: list[str] | None = None, tokens: int = 50, temperature: float = 1.0
+    ) -> list[Piece]:
+        sampling = Sampling(temperature=temperature)
+        request = GenerateRequest(id=name, token_ids=[1, 2, 3], max_tokens=tokens, sampling=sampling)
         async with contextlib.aclosing(self.generator.generate(request, stops or [])) as pieces:
             return [piece async for piece in pieces]
 
@@ -80,7 +84,9 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def scripted(nats_url: str, script: Script, timeout: float = 20) -> AsyncIterator[tuple[Gateway, Router]]:
+async def scripted(
+    nats_url: str, script: Script, timeout: float = 20, answers: Answers | None = None
+) -> AsyncIterator[tuple[Gateway, Router]]:
     """A gateway's generator, and a router that answers it."""
     deployment = f"generation-{next(_names)}"
     async with contextlib.AsyncExitStack() as stack:
@@ -89,7 +95,8 @@ async def scripted(nats_url: str, script: Script, timeout: float = 20) -> AsyncI
             bus = await Bus.connect(nats_url, service, f"{service}-{deployment}")
             stack.push_async_callback(bus.abort)
             buses.append(bus)
-        gateway, router = Gateway(buses[0], deployment, timeout), Router(buses[1], script)
+        gateway = Gateway(buses[0], deployment, timeout, answers or Answers(None, deployment, 60))
+        router = Router(buses[1], script)
         await router.bus.serve(subjects.generate(deployment), router.on_generate, workers=4)
         await router.bus.serve(subjects.control("router", router.bus.instance), router.on_control)
         await router.bus.flush()
