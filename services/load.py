@@ -38,6 +38,7 @@ class Load:
     timeout: float = 60
     api_key: str | None = None
     seed: int = 0
+    """Of arrival times and prompts; a seed that was used before may meet answers that are cached."""
     max_failures: int = 0
     max_p99: float | None = None
     """Seconds."""

@@ -138,7 +138,7 @@ class Answers:
         self._paused_until = time.monotonic() + PAUSE_SECONDS
         if self.available:
             self.available = False
-            log.warning("cache.unavailable", reason=" ".join(str(error).split()) or type(error).__name__)
+            log.warning("cache.unavailable", reason=" ".join(str(error).split())[:200] or type(error).__name__)
 
     def _answered(self) -> None:
         if not self.available:
