@@ -61,17 +61,17 @@ async def succeeded(*line: str, seconds: float = COMMAND_SECONDS, folder: Path |
 class Project:
     """The stack in `folder` under a project name and a port of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
         self.name = f"openmoe-test-{os.urandom(3).hex()}"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._env = {"PORT": str(self.port), "OPENMOE_TAG": "test", "COMPOSE_ANSI": "never"}
+        self.settings = {"PORT": str(self.port), "OPENMOE_TAG": "test", "COMPOSE_ANSI": "never", **settings}
 
     async def attempt(self, *arguments: str, seconds: float = COMMAND_SECONDS, **env: str) -> tuple[int, str]:
         """`docker compose …` in this project: exit code and output."""
         line = ("compose", "--project-name", self.name, *arguments)
-        return await docker(*line, seconds=seconds, folder=self.folder, **{**self._env, **env})
+        return await docker(*line, seconds=seconds, folder=self.folder, **{**self.settings, **env})
 
     async def compose(self, *arguments: str, seconds: float = COMMAND_SECONDS, **env: str) -> str:
         """`docker compose …`, which must end with exit code 0."""

@@ -65,7 +65,7 @@ async def test_nats_that_is_not_there_yet_is_waited_for_with_backoff(project: Pr
 
 async def test_a_model_folder_that_cannot_be_mounted(project: Project) -> None:
     absent = project.folder / "no-such-checkpoint"
-    code, said = await project.attempt("run", "--rm", "--no-deps", "-T", "router", MODEL_DIR=str(absent))
+    code, said = await project.attempt("run", "--rm", "--no-deps", "-T", "router", MODEL=str(absent))
     assert code != 0
     assert str(absent) in said
     assert not absent.exists(), "Docker made an empty folder in the checkpoint's place"

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,30 @@ async def test_every_dashboard_and_rule_has_data(project: Project, client: httpx
         with contextlib.suppress(AssertionError):
             await wait_until(complete, "every query to give data", 60)
     assert not missing
+
+
+async def test_another_checkpoint_is_a_folder_and_a_variable(project: Project, tmp_path: Path) -> None:
+    """In a second stack beside the first, with a token from the environment and no cache."""
+    shutil.copytree(REPOSITORY / "models" / "demo", tmp_path / "my-checkpoint")
+    for path in (tmp_path, tmp_path / "my-checkpoint"):
+        path.chmod(0o755)  # pytest's folders are for their owner only, containers run as another user
+    other = Project(project.folder, MODEL=str(tmp_path / "my-checkpoint"), EXPERT_SHARDS="2", WORKERS="1")
+    other.settings |= {"ENV": "production", "API_AUTH_TOKEN": "a-token-of-ours", "ENABLE_CACHING": "false"}
+    try:
+        await other.compose("up", "-d", "--wait", "nginx")
+        async with other.http() as http:
+            assert (await http.get("/v1/models")).status_code == 401
+            http.headers["Authorization"] = "Bearer a-token-of-ours"
+            (model,) = (await http.get("/v1/models")).json()["data"]
+            assert model["id"] == "my-checkpoint"
+            answer = await http.post("/v1/completions", json={**BODY, "model": "my-checkpoint"})
+            assert answer.json()["usage"]["completion_tokens"] == BODY["max_tokens"]
+            parts = (await http.get("/health")).json()["parts"]
+        assert (parts["experts"]["shards"], len(parts["experts"]["instances"])) == (2, 1)
+        assert "cache" not in parts
+    finally:
+        await other.down()
+    assert await other.leftovers() == []
 
 
 async def test_the_rules_do_what_their_tests_say(project: Project) -> None:
