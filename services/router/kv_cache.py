@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from shared.checkpoint import ModelConfig
@@ -53,12 +56,19 @@ def num_blocks(config: ModelConfig, budget_mb: int, block_tokens: int, itemsize:
 class KVCache:
     """Keys and values of every layer, [slots, kv_heads, head_dim]; slot = block × block_tokens + offset.
 
-    Memory is zeroed lazily by the operating system, so the budget is an upper bound, not a cost at start.
+    On a CPU memory comes zeroed from the operating system as it is touched (calloc, by way of numpy; torch.zeros would
+    write all of it), so the budget is an upper bound, not a cost at start.
     """
 
     def __init__(
         self, config: ModelConfig, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = ((blocks + 1) * block_tokens, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

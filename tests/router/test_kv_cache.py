@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,3 +66,13 @@ def test_the_padding_block_is_zero() -> None:
 
 def test_a_budget_below_one_block_holds_none() -> None:
     assert num_blocks(configuration(max_position_embeddings=4096), 1, 4096, 4) == 0
+
+
+def test_what_is_not_used_yet_takes_no_memory() -> None:
+    config = configuration()
+    blocks = num_blocks(config, 256, 16, 2)
+    before = psutil.Process().memory_info().rss
+    cache = KVCache(config, blocks, 16, torch.bfloat16, torch.device("cpu"))
+    assert sum(t.nbytes for t in [*cache.keys, *cache.values]) > 250 * MIB
+    assert psutil.Process().memory_info().rss - before < 32 * MIB
+    assert not cache.keys[0][-16:].any()
