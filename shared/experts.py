@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.names import expert_names
-from shared.linear import linear
+from shared.linear import Linear
 from shared.tensors import TensorReader
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -34,9 +34,9 @@ def shard_experts(num_experts: int, num_shards: int, shard: int) -> range:
 class ExpertWeights:
     """One expert: a gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
 
-    gate_up: torch.Tensor
+    gate_up: Linear
     """[2I, H]: gate's rows, then up's."""
-    down: torch.Tensor
+    down: Linear
     """[H, I]"""
 
 
@@ -90,7 +90,7 @@ class ExpertBank:
                         reader.copy_into(gate_up, names.gate, stored=stacked, row=names.row)
                         stacked = (c.num_experts, *down.shape)
                         reader.copy_into(down, names.down, stored=stacked, row=names.row)
-                    self._weights[layer, expert] = ExpertWeights(gate_up, down)
+                    self._weights[layer, expert] = ExpertWeights(Linear(gate_up), Linear(down))
 
     def has(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self._weights
@@ -125,8 +125,8 @@ class ExpertBank:
             w = self._weights[layer, expert]
             rows = token_index[start : start + count]  # [n]
             x = hidden if count == hidden.shape[0] == 1 else hidden[rows]  # [n, H]
-            gate, up = linear(x, w.gate_up).chunk(2, dim=-1)  # [n, I] each
-            y = linear(self._act(gate) * up, w.down)  # [n, H]
+            gate, up = w.gate_up(x).chunk(2, dim=-1)  # [n, I] each
+            y = w.down(self._act(gate) * up)  # [n, H]
             out.index_add_(0, rows, y.float() * weights[start : start + count])
             start += count
         return out.to(hidden.dtype)

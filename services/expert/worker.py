@@ -17,7 +17,7 @@ from services.expert.placement import choose_shards, shards_to_take_over
 from shared import subjects, wire
 from shared.bus import REQUEST_ID, Bus, Served, deadline, raise_if_expired
 from shared.checkpoint import Checkpoint
-from shared.compute import Compute, select_device, select_dtype, set_threads
+from shared.compute import Compute, give_back_memory, select_device, select_dtype, set_threads
 from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.experts import ExpertBank, shard_experts
 from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES
@@ -175,6 +175,7 @@ class Worker:
         for shard in shards:
             experts = shard_experts(num_experts, num_shards, shard)
             await self._loading(self._bank.load, experts, self._on_bytes)
+            await self._loading(give_back_memory)
             for expert in experts:
                 await self._compute(self._warm_up, expert)
             self._owned |= frozenset(experts)

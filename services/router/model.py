@@ -15,7 +15,7 @@ from services.router.rope import RotaryEmbedding, rotate
 from shared.checkpoint import Checkpoint, ModelConfig
 from shared.checkpoint.names import PREFIX, moe_prefix
 from shared.experts import ACTIVATION
-from shared.linear import linear
+from shared.linear import Linear
 from shared.tensors import TensorReader
 
 Weights = dict[str, torch.Tensor]
@@ -78,18 +78,26 @@ def _mlp_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int, ..
 
 
 class DenseModel:
-    """The dense forward pass of one model, layer by layer, between which the routed experts are asked."""
+    """The dense forward pass of one model, layer by layer, between which the routed experts are asked.
+
+    Takes `weights` over: a matrix is let go as soon as it is packed.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, gates: dict[int, torch.Tensor]) -> None:
         self.config = config
-        self._w = weights
-        self._gates = gates
+        embeddings = weights["model.embed_tokens.weight"]
+        # On a CPU without bfloat16 of its own the dense part is kept in float32: it is small beside the experts.
+        self._linears: dict[str, Linear] = {}
+        for name in [n for n, weight in weights.items() if weight.dim() == 2 and weight is not embeddings]:
+            layer = name.removesuffix(".weight")
+            self._linears[layer] = Linear(weights.pop(name), weights.pop(f"{layer}.bias", None), widen=True)
+        self._gates = {layer: Linear(gate, widen=True) for layer, gate in gates.items()}
+        self._vectors = weights
+        self._embeddings = embeddings
         self._act = ACTIVATION[config.hidden_act]
-        self.device = weights["model.embed_tokens.weight"].device
-        self.dtype = weights["model.embed_tokens.weight"].dtype
+        self.device, self.dtype = embeddings.device, embeddings.dtype
         self._rope = RotaryEmbedding(config, self.device)
-        tied = config.tie_word_embeddings
-        self._lm_head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        self._lm_head = Linear(embeddings, widen=True) if config.tie_word_embeddings else self._linears["lm_head"]
 
     @classmethod
     def load(
@@ -111,6 +119,10 @@ class DenseModel:
             prefix = name.removesuffix(GATE_PROJ)
             up = weights.pop(f"{prefix}up_proj.weight")
             weights[f"{prefix}gate_up_proj.weight"] = torch.cat([weights.pop(name), up])
+        for layer in range(checkpoint.config.num_hidden_layers):
+            p = f"{PREFIX.format(layer=layer)}self_attn."
+            for kind in ("weight", "bias") if checkpoint.config.qkv_bias else ("weight",):
+                weights[f"{p}qkv_proj.{kind}"] = torch.cat([weights.pop(f"{p}{name}_proj.{kind}") for name in "qkv"])
         c = checkpoint.config
         gates = {layer: weights.pop(f"{moe_prefix(c, checkpoint.tensors, layer)}gate.weight") for layer in c.moe_layers}
         return cls(c, weights, gates)
@@ -130,10 +142,10 @@ class DenseModel:
         """RMSNorm (arXiv 1910.07467) in float32, as the reference computes it."""
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
-        return self._w[name] * y.to(x.dtype)
+        return self._vectors[name] * y.to(x.dtype)
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return linear(x, self._w[f"{name}.weight"], self._w.get(f"{name}.bias"))
+        return self._linears[name](x)
 
     def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         # As one matrix, like an expert's: one product instead of two, and the activation then runs row by row.
@@ -143,7 +155,7 @@ class DenseModel:
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states [T, H] of the batch's tokens, and their rotations cos, sin [T, 1, D]."""
         cos, sin = self._rope(batch.positions, batch.rope_lengths)
-        hidden = F.embedding(batch.token_ids, self._w["model.embed_tokens.weight"])
+        hidden = F.embedding(batch.token_ids, self._embeddings)
         return hidden, cos.to(self.dtype), sin.to(self.dtype)
 
     def attention(
@@ -153,14 +165,15 @@ class DenseModel:
         c = self.config
         p = f"{PREFIX.format(layer=layer)}self_attn."
         x = self._norm(hidden, f"{PREFIX.format(layer=layer)}input_layernorm.weight")
-        q, k, v = (self._linear(x, f"{p}{name}_proj") for name in "qkv")  # [T, heads × D], [T, kv × D] twice
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        q, k, v = torch.split(self._linear(x, f"{p}qkv_proj"), [q_size, kv_size, kv_size], dim=-1)
         if c.qk_norm == "whole":
             q, k = self._norm(q, f"{p}q_norm.weight"), self._norm(k, f"{p}k_norm.weight")
         if c.clip_qkv is not None:
             q, k, v = (each.clamp(-c.clip_qkv, c.clip_qkv) for each in (q, k, v))
-        q = q.view(-1, c.num_attention_heads, c.head_dim)
-        k = k.view(-1, c.num_key_value_heads, c.head_dim)
-        v = v.view(-1, c.num_key_value_heads, c.head_dim)
+        q = q.reshape(-1, c.num_attention_heads, c.head_dim)
+        k = k.reshape(-1, c.num_key_value_heads, c.head_dim)
+        v = v.reshape(-1, c.num_key_value_heads, c.head_dim)
         if c.qk_norm == "head":
             q, k = self._norm(q, f"{p}q_norm.weight"), self._norm(k, f"{p}k_norm.weight")
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -177,7 +190,7 @@ class DenseModel:
     def gate(self, layer: int, normed: torch.Tensor) -> Routing:
         """The gate's choice for `normed` [T, H]: softmax in float32, top-k, renormalised where the model says so."""
         c = self.config
-        logits = linear(normed, self._gates[layer])  # [T, E]
+        logits = self._gates[layer](normed)  # [T, E]
         weights, index = torch.topk(F.softmax(logits, dim=-1, dtype=torch.float32), c.num_experts_per_tok, dim=-1)
         if c.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -202,4 +215,4 @@ class DenseModel:
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] of the rows [R] of `hidden` [T, H]."""
-        return linear(self._norm(hidden[rows], "model.norm.weight"), self._lm_head).float()
+        return self._lm_head(self._norm(hidden[rows], "model.norm.weight")).float()

@@ -29,7 +29,7 @@ from services.router.sequence import Sequence
 from shared import subjects, wire
 from shared.bus import REQUEST_ID, Bus, Headers, Served, deadline, error_headers, raise_if_expired
 from shared.checkpoint import Checkpoint
-from shared.compute import Compute, select_device, select_dtype, set_threads
+from shared.compute import Compute, keep_freed_memory, select_device, select_dtype, set_threads
 from shared.errors import BadMessageError, MoeError, StartError
 from shared.instrumentation import (
     EXPERT_TOKENS,
@@ -346,4 +346,5 @@ async def serve(settings: RouterSettings, shutdown: asyncio.Event) -> None:
 
     """
     set_threads(settings)
+    keep_freed_memory()
     await Router(settings, Checkpoint.open(settings.model)).run(shutdown)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from services.router.messages import GenerateRequest, Sampling
-from shared.linear import linear
+from shared.linear import Linear
 from shared.tensors import from_wire
 from tests.oracle import VOCAB, make_checkpoint
 from tests.router.inprocess import Result, local_engine
@@ -53,10 +53,14 @@ async def test_logits_in_a_crowd_are_those_alone_to_the_bit(variant: str, tmp_pa
         assert torch.equal(logits(one), logits(few))
 
 
-@pytest.mark.parametrize("shape", [(32, 48), (24, 32), (256, 8), (256, 512), (128, 256), (256, 1)], ids=str)
-def test_a_row_of_a_linear_layer_is_the_same_among_any_number_of_rows(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("widen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(32, 48), (24, 32), (256, 8), (256, 512), (1024, 768), (256, 1)], ids=str)
+def test_a_row_of_a_linear_layer_is_the_same_among_any_number_of_rows(
+    shape: tuple[int, int], dtype: torch.dtype, *, widen: bool
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(shape[1], shape[0], generator=generator)
-    x = torch.randn(300, shape[0], generator=generator)
-    rows = [linear(x[:count], weight)[0] for count in (1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 100, 256, 300)]
+    linear = Linear(torch.randn(shape[1], shape[0], generator=generator).to(dtype), widen=widen)
+    x = torch.randn(300, shape[0], generator=generator).to(dtype)
+    rows = [linear(x[:count])[0] for count in (1, 2, 3, 5, 8, 15, 16, 17, 33, 64, 100, 256, 300)]
     assert all(torch.equal(row, rows[0]) for row in rows)
