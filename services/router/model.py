@@ -89,8 +89,8 @@ class DenseModel:
         # On a CPU without bfloat16 of its own the dense part is kept in float32: it is small beside the experts.
         self._linears: dict[str, Linear] = {}
         for name in [n for n, weight in weights.items() if weight.dim() == 2 and weight is not embeddings]:
-            layer = name.removesuffix(".weight")
-            self._linears[layer] = Linear(weights.pop(name), weights.pop(f"{layer}.bias", None), widen=True)
+            stem = name.removesuffix(".weight")
+            self._linears[stem] = Linear(weights.pop(name), weights.pop(f"{stem}.bias", None), widen=True)
         self._gates = {layer: Linear(gate, widen=True) for layer, gate in gates.items()}
         self._vectors = weights
         self._embeddings = embeddings
