@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import time
@@ -40,7 +41,8 @@ deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 """While a handler runs: when, on the monotonic clock, its caller stops waiting. Counted from the message's arrival."""
 
 Headers = dict[str, str]
-ReplyCallback = Callable[[Msg], None]
+Take = Callable[[Msg | MoeError], None]
+"""What is done, at once, with a reply, or with the loss of the connection that it should have come by."""
 
 
 class NoRespondersError(MoeError):
@@ -63,6 +65,20 @@ def raise_for_error(message: Msg) -> None:
         if code not in HTTP_STATUS:
             code = "internal_error"
         raise MoeError(code, headers.get(ERROR_TEXT) or "the service gave no reason")
+
+
+def outcome(subject: str, item: Msg | MoeError) -> bytes | MoeError:
+    """A request's result: the reply's data, or how it failed."""
+    if isinstance(item, MoeError):
+        return item
+    if item.headers:
+        try:
+            raise_for_error(item)
+        except NoRespondersError:
+            return NoRespondersError(subject)
+        except MoeError as error:
+            return error
+    return bytes(item.data)
 
 
 def budget_deadline(headers: Headers | None, now: float) -> float | None:
@@ -124,8 +140,7 @@ class Bus:
         self._client = client
         self._prefix = subjects.inbox_prefix(service, instance)
         self._tokens = itertools.count(1)
-        self._waiting: dict[str, ReplyCallback] = {}
-        self._lost: dict[str, Callable[[MoeError], None]] = {}
+        self._waiting: dict[str, Take] = {}
         self.served: list[Served] = []
         self._watching: list[Subscription] = []
         self._closing = False
@@ -185,10 +200,7 @@ class Bus:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, 2.0)
         bus = cls(client, service, instance)
-        inbox = await client.subscribe(
-            f"{bus._prefix}.*", cb=bus._on_reply, pending_msgs_limit=262144, pending_bytes_limit=512 * 1024 * 1024
-        )
-        bus._watching.append(inbox)
+        bus._watching.append(await client.listen(f"{bus._prefix}.*", bus._on_reply))
         return bus
 
     @property
@@ -231,53 +243,68 @@ class Bus:
             NoRespondersError: when nobody listens.
 
         """
-        future: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        answer = (await self.request_all([(subject, data)], timeout=timeout, headers=headers))[0]
+        if isinstance(answer, MoeError):
+            raise answer
+        return answer
 
-        def on_reply(message: Msg) -> None:
-            if not future.done():
-                future.set_result(message)
+    async def request_all(
+        self, requests: list[tuple[str, bytes]], *, timeout: float, headers: Headers | None = None
+    ) -> list[bytes | MoeError]:
+        """Send messages, (subject, data) each, at once and await the one reply of each: its data, or how it failed.
 
-        def on_lost(error: MoeError) -> None:
-            if not future.done():
-                future.set_exception(error)
+        One future and one timer for all of them.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        answers: dict[int, bytes | MoeError] = {}
 
-        token, reply = self._expect(on_reply, on_lost)
+        def take(number: int, item: Msg | MoeError) -> None:
+            answers[number] = outcome(requests[number][0], item)
+            if len(answers) == len(requests) and not done.done():
+                done.set_result(None)
+
+        tokens = []
         try:
-            await self.publish(subject, data, reply=reply, headers=headers)
             async with asyncio.timeout(timeout):
-                message = await future
+                for number, (subject, data) in enumerate(requests):
+                    token, reply = self._expect(functools.partial(take, number))
+                    tokens.append(token)
+                    try:
+                        await self.publish(subject, data, reply=reply, headers=headers)
+                    except MoeError as error:
+                        take(number, error)
+                await done
         except TimeoutError:
-            raise MoeError("deadline_exceeded", f"no answer on {subject} within {timeout:.3g} s") from None
+            for number, (subject, _) in enumerate(requests):
+                if number not in answers:
+                    text = f"no answer on {subject} within {timeout:.3g} s"
+                    answers[number] = MoeError("deadline_exceeded", text)
         finally:
-            self._forget(token)
-        try:
-            raise_for_error(message)
-        except NoRespondersError:
-            raise NoRespondersError(subject) from None
-        return bytes(message.data)
+            for token in tokens:
+                self._forget(token)
+        return [answers[number] for number in range(len(requests))]
 
     def open_stream(self) -> ReplyStream:
         """An inbox for the many replies of one request; use it as a context manager."""
         return ReplyStream(self)
 
-    def _expect(self, on_reply: ReplyCallback, on_lost: Callable[[MoeError], None]) -> tuple[str, str]:
+    def _expect(self, take: Take) -> tuple[str, str]:
+        """Have `take` called with each reply to the returned inbox, or with the connection's loss: (token, inbox)."""
         token = str(next(self._tokens))
-        self._waiting[token] = on_reply
-        self._lost[token] = on_lost
+        self._waiting[token] = take
         return token, f"{self._prefix}.{token}"
 
     def _forget(self, token: str) -> None:
         self._waiting.pop(token, None)
-        self._lost.pop(token, None)
 
-    async def _on_reply(self, message: Msg) -> None:
-        callback = self._waiting.get(message.subject[len(self._prefix) + 1 :])
-        if callback is not None:
-            callback(message)
+    def _on_reply(self, message: Msg) -> None:
+        take = self._waiting.get(message.subject[len(self._prefix) + 1 :])
+        if take is not None:
+            take(message)
 
     def _fail_waiting(self) -> None:
-        for on_lost in list(self._lost.values()):
-            on_lost(MoeError("bus_unavailable", "the connection to NATS broke while waiting for an answer"))
+        for take in list(self._waiting.values()):
+            take(MoeError("bus_unavailable", "the connection to NATS broke while waiting for an answer"))
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
@@ -296,12 +323,12 @@ class Bus:
         """
         served = Served(subject, handler, asyncio.Queue(capacity), queue_group)
 
-        async def on_message(message: Msg) -> None:
+        def on_message(message: Msg) -> None:
             try:
                 served.queue.put_nowait((message, budget_deadline(message.headers, time.monotonic())))
             except asyncio.QueueFull:
                 served.refused += 1
-                await self.reply_error(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
+                self._refuse(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
 
         async def work() -> None:
             while True:
@@ -329,26 +356,20 @@ class Bus:
 
         for n in range(workers):
             served.tasks.append(asyncio.create_task(work(), name=f"serve:{subject}:{n}"))
-        served.subscription = await self._client.subscribe(
-            subject,
-            queue=queue_group,
-            cb=on_message,
-            pending_msgs_limit=max(capacity * 2, 256),
-            pending_bytes_limit=512 * 1024 * 1024,
-        )
+        served.subscription = await self._client.listen(subject, on_message, queue_group=queue_group)
         self.served.append(served)
         return served
 
     async def watch(self, subject: str, callback: Callable[[Msg], None]) -> None:
         """Call `callback`, which must be quick and not raise, for each message on `subject`."""
 
-        async def on_message(message: Msg) -> None:
+        def on_message(message: Msg) -> None:
             try:
                 callback(message)
             except Exception:  # somebody's malformed message must not stop the watching
                 log.warning("watch.failed", subject=message.subject, exc_info=True)
 
-        self._watching.append(await self._client.subscribe(subject, cb=on_message, pending_msgs_limit=4096))
+        self._watching.append(await self._client.listen(subject, on_message))
 
     async def reply(self, message: Msg, data: bytes, headers: Headers | None = None) -> None:
         if message.reply:
@@ -360,6 +381,11 @@ class Bus:
                 await self.publish(message.reply, b"", headers=error_headers(error))
             except MoeError as failure:
                 log.warning("reply.lost", code=error.code, reason=failure.message)
+
+    def _refuse(self, message: Msg, error: MoeError) -> None:
+        """Answer with an error from inside the read loop, which must not wait."""
+        if message.reply and self._client.is_connected:
+            self._client.send(message.reply, "", b"", error_headers(error))
 
     async def flush(self) -> None:
         """Return when everything sent so far has reached the server.
@@ -398,7 +424,7 @@ class ReplyStream:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._queue: asyncio.Queue[Msg | MoeError] = asyncio.Queue(STREAM_QUEUE_CHUNKS)
-        self._token, self.inbox = bus._expect(self._put, self._put)  # noqa: SLF001 - one module, one mechanism
+        self._token, self.inbox = bus._expect(self._put)  # noqa: SLF001 - one module, one mechanism
 
     def _put(self, item: Msg | MoeError) -> None:
         try:

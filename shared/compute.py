@@ -23,8 +23,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """glibc's malloc.h."""
 
 
+FEW_ROWS = 64
+"""Work on so few rows of hidden states is over sooner than it is handed to another thread and back."""
+
+
 class Compute:
-    """`await compute(fn, *args)` runs `fn` in the compute thread; calls run one after another, in order."""
+    """`await compute(fn, *args)` runs `fn` in the compute thread; calls run one after another, in order.
+
+    With `rows`, how many rows of hidden states it is about, work on a few runs at once, where it is asked for. Handing
+    it over would cost two wake-ups and the interpreter's lock at every one of its torch calls.
+    """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute", initializer=self._enter)
@@ -33,7 +41,10 @@ class Compute:
     def _enter() -> None:
         torch.set_grad_enabled(False)
 
-    async def __call__(self, function: Callable[..., T], *args: object) -> T:
+    async def __call__(self, function: Callable[..., T], *args: object, rows: int | None = None) -> T:
+        if rows is not None and rows <= FEW_ROWS:
+            with torch.no_grad():
+                return function(*args)
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
 
     def close(self) -> None:

@@ -7,9 +7,15 @@ what each method mends is what a test there provokes with a real server.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+UNSENT_BYTES = 4 * 1024 * 1024
+"""Who publishes waits while so much has not been taken by the network."""
 
 
 class Connection(Client):
@@ -17,6 +23,39 @@ class Connection(Client):
 
     _pending: list[bytes]
     _pending_data_size: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._callbacks: dict[int, Callable[[Msg], None]] = {}
+
+    # -- receiving ---------------------------------------------------------------------------------------------------
+
+    async def listen(self, subject: str, callback: Callable[[Msg], None], *, queue_group: str = "") -> Subscription:
+        """Subscribe; `callback`, which must be quick and must not raise, gets each message inside the read loop.
+
+        nats-py's own way to a callback is a queue and a task for each subscription, one more turn of the event loop.
+        """
+        subscription = await self.subscribe(subject, queue=queue_group)
+        self._callbacks[subscription._id] = callback  # noqa: SLF001
+        early = subscription._pending_queue  # noqa: SLF001 - what came while `subscribe` was still sending
+        while not early.empty():
+            callback(early.get_nowait())
+            early.task_done()
+        return subscription
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        callback = self._callbacks.get(sid)
+        if callback is None:
+            await super()._process_msg(sid, subject, reply, data, headers)
+            return
+        self.stats["in_msgs"] += 1
+        self.stats["in_bytes"] += len(data)
+        parsed = await self._process_headers(headers) if headers else None
+        callback(Msg(_client=self, subject=subject.decode(), reply=reply.decode(), data=data, headers=parsed, _sid=sid))
+
+    def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
+        super()._remove_sub(sid, max_msgs)
+        self._callbacks.pop(sid, None)
 
     async def _process_headers(self, headers: Any) -> dict[str, str] | None:
         """Headers that cannot be parsed are nobody's headers; nats-py would end its read loop over them."""
@@ -27,17 +66,59 @@ class Connection(Client):
             return None
         return parsed
 
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    def send(self, subject: str, reply: str, payload: bytes, headers: dict[str, str] | None) -> None:
+        """Write one message to the transport now; nats-py would wake a task to do it.
+
+        The payload goes to the socket as it is, without being copied into a longer one. The caller has checked that
+        there is a connection, and the message's size.
+        """
+        to = f"{subject} {reply}" if reply else subject
+        if headers:
+            lines = "".join(f"{name}: {_one_line(value)}\r\n" for name, value in headers.items())
+            head = f"NATS/1.0\r\n{lines}\r\n".encode()
+            command = b"HPUB %s %d %d\r\n%s" % (to.encode(), len(head), len(head) + len(payload), head)
+        else:
+            command = b"PUB %s %d\r\n" % (to.encode(), len(payload))
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += len(payload)
+        self._write((command, payload, b"\r\n"))
+
+    async def _send_publish(
+        self,
+        subject: str,
+        reply: str,
+        payload: bytes,
+        payload_size: int,  # noqa: ARG002 - the overridden method's
+        headers: dict[str, Any] | None,
+    ) -> None:
+        self.send(subject, reply, payload, headers)
+        writer = self._transport._io_writer  # noqa: SLF001
+        if writer.transport.get_write_buffer_size() > UNSENT_BYTES:
+            await self._transport.drain()
+
+    def _write(self, pieces: tuple[bytes, ...] = ()) -> None:
+        """Write what is pending, then `pieces`."""
+        if self._pending:
+            pieces = (*self._pending, *pieces)
+            self._pending = []
+        self._pending_data_size = 0
+        if pieces:
+            self._transport.writelines(pieces)
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        """Write what is pending before the PING, so that its PONG says that all of it has arrived."""
+        if self.is_connected:
+            self._write()
+        await super()._send_ping(future)
+
+    # -- breaking ----------------------------------------------------------------------------------------------------
+
     async def _attempt_reconnect(self) -> None:
         """Drop what was not sent: nats-py would wait for a stalled peer to take it, and then send it late."""
         self.drop_unsent()
         await super()._attempt_reconnect()
-
-    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        """Write what is pending before the PING, so that its PONG says that all of it has arrived."""
-        if self.is_connected and self._pending_data_size:
-            self._transport.writelines(self._pending[:])
-            self._pending, self._pending_data_size = [], 0
-        await super()._send_ping(future)
 
     def drop_unsent(self) -> None:
         """Forget every byte that the peer has not taken, and break the connection."""
@@ -46,3 +127,8 @@ class Connection(Client):
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
+
+
+def _one_line(value: str) -> str:
+    """`value` without line breaks, which would begin another header."""
+    return value.strip().replace("\r", " ").replace("\n", " ")

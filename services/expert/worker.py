@@ -54,6 +54,21 @@ class _State:
     errors: int = 0
 
 
+@dataclass(frozen=True)
+class Work:
+    """One call, checked."""
+
+    layer: int
+    hidden: torch.Tensor
+    """[T, H] in any float dtype."""
+    token_index: torch.Tensor
+    """[P] int32"""
+    expert_index: torch.Tensor
+    """[P] int32"""
+    weights: torch.Tensor
+    """[P] float32"""
+
+
 class Worker:
     """Holds the weights of some shards and answers calls for them."""
 
@@ -61,6 +76,7 @@ class Worker:
         self._settings = settings
         self._checkpoint = checkpoint
         self._config = checkpoint.config
+        self._layers = frozenset(checkpoint.config.moe_layers)
         self._deployment = checkpoint.deployment(settings.model_name)
         self._device = select_device(settings)
         self._dtype = select_dtype(settings, checkpoint.config)
@@ -226,7 +242,7 @@ class Worker:
             self._note_requests((message.headers or {}).get(REQUEST_ID, ""))
             start = time.perf_counter()
             try:
-                reply = await self._compute(self._answer, message.data, deadline.get())
+                reply = await self._answer(message.data, deadline.get())
             except MoeError as error:
                 self._state.errors += 1
                 EXPERT_ERRORS.labels(error.code).inc()
@@ -249,33 +265,50 @@ class Worker:
             log.info("request.served", request_id=new)
         self._noted = served
 
-    def _answer(self, data: bytes, expires: float | None) -> bytes:
-        """One call, in the compute thread: decode, check, compute, encode."""
+    async def _answer(self, data: bytes, expires: float | None) -> bytes:
+        """One call: decode, check, compute, encode."""
         raise_if_expired(expires)
-        request = wire.decode(ExpertsRequest, data)
+        work = self._checked(wire.decode(ExpertsRequest, data))
+        out = await self._compute(self._run, work, expires, rows=work.hidden.shape[0])
+        self._state.tokens += out.shape[0]
+        return wire.encode(ExpertsReply(hidden_states=to_wire(out)))
+
+    def _checked(self, request: ExpertsRequest) -> Work:
+        """The call's tensors, if they fit together and this worker hosts the experts.
+
+        Raises:
+            BadMessageError: they do not fit.
+            MoeError: `wrong_shard`.
+
+        """
         c = self._config
-        if request.layer not in c.moe_layers:
+        if request.layer not in self._layers:
             raise BadMessageError(f"layer {request.layer} has no experts")
         hidden = from_wire(request.hidden_states, "hidden_states", (None, c.hidden_size), FLOATS)
-        rows = hidden.shape[0]
         token_index = from_wire(request.token_index, "token_index", (None,), ("int32",))
         pairs = token_index.shape[0]
         expert_index = from_wire(request.expert_index, "expert_index", (pairs,), ("int32",))
         weights = from_wire(request.weights, "weights", (pairs,), ("float32",))
-        if pairs and (int(token_index.min()) < 0 or int(token_index.max()) >= rows):
-            raise BadMessageError(f"token_index is outside the {rows} rows of hidden_states")
+        tokens = token_index.numpy()
+        if pairs and (tokens.min() < 0 or tokens.max() >= hidden.shape[0]):
+            raise BadMessageError(f"token_index is outside the {hidden.shape[0]} rows of hidden_states")
         for expert in set(expert_index.tolist()):
             if expert not in self._owned:
                 raise MoeError("wrong_shard", f"expert {expert} is not hosted by {self._instance}")
+        return Work(request.layer, hidden, token_index, expert_index, weights)
+
+    def _run(self, work: Work, expires: float | None) -> torch.Tensor:
+        """[T, H] in the call's dtype."""
+        raise_if_expired(expires)
+        device = self._device
         out = self._bank.compute(
-            request.layer,
-            hidden.to(self._device, self._dtype),
-            token_index.to(self._device),
-            expert_index.to(self._device),
-            weights.to(self._device),
+            work.layer,
+            work.hidden.to(device, self._dtype),
+            work.token_index.to(device),
+            work.expert_index.to(device),
+            work.weights.to(device),
         )
-        self._state.tokens += rows
-        return wire.encode(ExpertsReply(hidden_states=to_wire(out.to(hidden.dtype))))
+        return out.to("cpu", work.hidden.dtype)
 
 
 async def serve(settings: ExpertSettings, shutdown: asyncio.Event) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 import torch
 
@@ -13,11 +15,10 @@ from services.expert.messages import ExpertsReply, ExpertsRequest
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Headers, NoRespondersError
 from shared.checkpoint import ModelConfig
-from shared.compute import Compute
 from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.instrumentation import DISPATCH_RETRIES, DISPATCH_SECONDS
 from shared.logs import request_id
-from shared.tensors import WIRE_DTYPE, from_wire, to_wire
+from shared.tensors import WIRE_DTYPE, from_wire
 
 log = structlog.get_logger()
 
@@ -36,8 +37,8 @@ class Call:
     """One message: some rows of the batch, to one shard."""
 
     shard: int
-    rows: torch.Tensor
-    """[n] int64: rows of the batch."""
+    rows: npt.NDArray[np.int64]
+    """[n]: rows of the batch, ascending."""
     data: bytes
 
 
@@ -47,7 +48,6 @@ class BusExperts:
     def __init__(
         self,
         bus: Bus,
-        compute: Compute,
         config: ModelConfig,
         deployment: str,
         *,
@@ -56,8 +56,7 @@ class BusExperts:
         recovery_seconds: float,
     ) -> None:
         self._bus = bus
-        self._compute = compute
-        self._config = config
+        self._num_experts = config.num_experts
         self._num_shards = num_shards
         self._timeout_seconds = timeout_seconds
         self._recovery_seconds = recovery_seconds
@@ -65,113 +64,152 @@ class BusExperts:
         self._seconds = {layer: DISPATCH_SECONDS.labels(str(layer)) for layer in config.moe_layers}
         self._retries = {reason: DISPATCH_RETRIES.labels(reason) for reason in (*HTTP_STATUS, "no_responders")}
         self._row = {layer: row for row, layer in enumerate(config.moe_layers)}
-        self.tokens = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.int64)
+        self.tokens = np.zeros((len(config.moe_layers), config.num_experts), dtype=np.int64)
         """[L, E]: tokens sent to each expert since the start."""
 
-    async def __call__(
+    def question(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        start = time.perf_counter()
-        calls = await self._compute(self._pack, layer, hidden, top_k_index, top_k_weights)
-        if len(calls) == 1:
-            replies = [await self._ask(calls[0])]
-        else:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._guarded(call), name=f"experts:{call.shard}") for call in calls]
-            replies = [_unwrap(task.result()) for task in tasks]
-        try:
-            out = await self._compute(self._combine, hidden, calls, replies)
-        except BadMessageError as error:  # a worker's fault, not the client's
-            raise MoeError("shard_unavailable", f"an expert worker's answer is no answer: {error.message}") from None
-        self._seconds[layer].observe(time.perf_counter() - start)
-        return out
+    ) -> BusQuestion:
+        """The messages of one layer: pairs grouped by shard, rows split where the bus' limit asks for it."""
+        calls = self._pack(layer, hidden, top_k_index, top_k_weights)
+        return BusQuestion(self, layer, hidden, calls)
 
     def _pack(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> list[Call]:
-        """The messages of one layer: pairs grouped by shard, rows split where the bus' limit asks for it."""
-        hidden, top_k_index, top_k_weights = hidden.cpu(), top_k_index.cpu(), top_k_weights.cpu()
+        # numpy, as an operation on a few numbers takes a fraction of torch's time there.
+        states = hidden.detach().cpu().contiguous()
+        dtype = WIRE_DTYPE[states.dtype]
+        row_bytes = states.shape[1] * states.element_size()
+        raw = states.view(torch.uint8).numpy()  # [T, bytes]: numpy has no bfloat16
         tokens, k = top_k_index.shape
-        experts = top_k_index.flatten()  # [P]
-        self.tokens[self._row[layer]] += torch.bincount(experts, minlength=self._config.num_experts)
-        token_of_pair = torch.arange(tokens).repeat_interleave(k)  # [P], ascending
-        weights = top_k_weights.flatten()
+        experts = top_k_index.cpu().numpy().ravel()  # [P], token by token
+        weights = top_k_weights.cpu().numpy().ravel()
+        self.tokens[self._row[layer]] += np.bincount(experts, minlength=self._num_experts)
         shard_of_pair = experts % self._num_shards
-        row_bytes = hidden.shape[1] * hidden.element_size() + k * PAIR_BYTES
-        most_rows = max(1, (self._bus.max_payload - MESSAGE_OVERHEAD_BYTES) // row_bytes)
+        most_rows = max(1, (self._bus.max_payload - MESSAGE_OVERHEAD_BYTES) // (row_bytes + k * PAIR_BYTES))
         calls = []
         for shard in range(self._num_shards):
-            pairs = (shard_of_pair == shard).nonzero().squeeze(1)
-            if not pairs.numel():
+            pairs = np.flatnonzero(shard_of_pair == shard)
+            if not pairs.size:
                 continue
-            rows, local = torch.unique_consecutive(token_of_pair[pairs], return_inverse=True)
-            for first in range(0, rows.shape[0], most_rows):
-                chunk = rows[first : first + most_rows]
-                inside = (local >= first) & (local < first + most_rows)
-                chosen = pairs[inside]
+            token_of_pair = pairs // k  # ascending
+            first = np.ones(pairs.size, dtype=bool)
+            np.not_equal(token_of_pair[1:], token_of_pair[:-1], out=first[1:])
+            rows = token_of_pair[first]
+            local = np.cumsum(first, dtype=np.int32) - np.int32(1)  # [pairs]: index into `rows`
+            for start in range(0, rows.size, most_rows):
+                chunk = rows[start : start + most_rows]
+                begin, end = np.searchsorted(local, (start, start + chunk.size))
+                chosen = pairs[begin:end]
+                sent = raw if chunk.size == tokens else raw[chunk]
                 request = ExpertsRequest(
                     layer=layer,
-                    hidden_states=to_wire(hidden[chunk]),
-                    token_index=to_wire((local[inside] - first).int()),
-                    expert_index=to_wire(experts[chosen].int()),
-                    weights=to_wire(weights[chosen]),
+                    hidden_states=wire.Tensor(dtype, (chunk.size, states.shape[1]), memoryview(sent).cast("B")),  # type: ignore[arg-type]
+                    token_index=wire.Tensor.from_numpy(local[begin:end] - np.int32(start)),
+                    expert_index=wire.Tensor.from_numpy(experts[chosen].astype(np.int32)),
+                    weights=wire.Tensor.from_numpy(weights[chosen]),
                 )
                 calls.append(Call(shard, chunk, wire.encode(request)))
         return calls
 
-    def _combine(self, hidden: torch.Tensor, calls: list[Call], replies: list[bytes]) -> torch.Tensor:
-        """Add the partial sums in shard order, so that the sum does not depend on who answers first."""
-        dtype = WIRE_DTYPE[hidden.dtype]
-        out = torch.zeros(hidden.shape, dtype=torch.float32)
-        for call, data in zip(calls, replies, strict=True):
-            reply = wire.decode(ExpertsReply, data)
-            shape = (call.rows.shape[0], hidden.shape[1])
-            out.index_add_(0, call.rows, from_wire(reply.hidden_states, "hidden_states", shape, (dtype,)).float())
-        return out.to(hidden.device, hidden.dtype)
+    async def ask(self, layer: int, calls: list[Call]) -> list[bytes]:
+        """The answers to `calls`, in their order. All leave at once; what fails is sent again."""
+        start = time.monotonic()
+        timeout = min(CALL_SECONDS, self._timeout_seconds)
+        requests = [(self._subjects[call.shard], call.data) for call in calls]
+        answers = await self._bus.request_all(requests, timeout=timeout, headers=_headers(timeout))
+        if any(isinstance(answer, MoeError) for answer in answers):
+            again = (self._retried(call, answer, start) for call, answer in zip(calls, answers, strict=True))
+            answers = list(await asyncio.gather(*again))
+            for answer in answers:
+                if isinstance(answer, MoeError):
+                    raise answer
+        self._seconds[layer].observe(time.monotonic() - start)
+        return answers  # type: ignore[return-value]
 
-    async def _guarded(self, call: Call) -> bytes | MoeError:
-        """The answer or the error, as a value: one failing call must not leave its siblings' group in pieces."""
-        try:
-            return await self._ask(call)
-        except MoeError as error:
-            return error
+    async def _retried(self, call: Call, answer: bytes | MoeError, start: float) -> bytes | MoeError:
+        """The first answer to a call that is none of the errors worth another try; at the end, the reason as a value.
 
-    async def _ask(self, call: Call) -> bytes:
-        now = time.monotonic()
-        deadline = now + self._timeout_seconds
+        As a value, so that one failing call does not leave its siblings unfinished.
+        """
+        deadline = start + self._timeout_seconds
         nobody_since: float | None = None
         broken = 0
-        while True:
-            timeout = min(CALL_SECONDS, deadline - now)
-            headers: Headers = {BUDGET_MS: f"{timeout * 1000:.0f}", REQUEST_ID: request_id.get()}
-            try:
-                return await self._bus.request(self._subjects[call.shard], call.data, timeout=timeout, headers=headers)
-            except NoRespondersError:
+        while isinstance(answer, MoeError):
+            now = time.monotonic()
+            if isinstance(answer, NoRespondersError):
                 reason = "no_responders"
-                now = time.monotonic()
                 nobody_since = now if nobody_since is None else nobody_since
                 if now - nobody_since >= self._recovery_seconds:
-                    raise self._unavailable(call.shard, "no worker serves it") from None
-            except MoeError as error:
-                reason = error.code
+                    return self._unavailable(call.shard, "no worker serves it")
+            else:
+                reason = answer.code
+                nobody_since = None
                 if reason not in RETRYABLE:
                     broken += 1
-                    log.warning("experts.broken", shard=call.shard, code=reason, reason=error.message)
+                    log.warning("experts.broken", shard=call.shard, code=reason, reason=answer.message)
                     if broken >= MOST_BROKEN_REPLIES:
-                        raise self._unavailable(call.shard, f"its workers cannot compute a call ({reason})") from None
-                now = time.monotonic()
-                nobody_since = None
+                        return self._unavailable(call.shard, f"its workers cannot compute a call ({reason})")
             if now + RETRY_PAUSE_SECONDS >= deadline:
-                raise self._unavailable(call.shard, f"its workers do not answer ({reason})")
+                return self._unavailable(call.shard, f"its workers do not answer ({reason})")
             self._retries[reason].inc()
             await asyncio.sleep(RETRY_PAUSE_SECONDS)
-            now = time.monotonic()
+            timeout = min(CALL_SECONDS, deadline - time.monotonic())
+            request = (self._subjects[call.shard], call.data)
+            answer = (await self._bus.request_all([request], timeout=timeout, headers=_headers(timeout)))[0]
+        return answer
 
     def _unavailable(self, shard: int, why: str) -> MoeError:
         return MoeError("shard_unavailable", f"expert shard {shard} is unavailable: {why}; try again in a moment")
 
 
-def _unwrap(result: bytes | MoeError) -> bytes:
-    if isinstance(result, MoeError):
-        raise result
-    return result
+class BusQuestion:
+    """One layer's calls and their answers."""
+
+    def __init__(self, experts: BusExperts, layer: int, hidden: torch.Tensor, calls: list[Call]) -> None:
+        self._experts = experts
+        self._layer = layer
+        self._hidden = hidden
+        self._calls = calls
+        self._answers: list[bytes] = []
+
+    async def ask(self) -> None:
+        self._answers = await self._experts.ask(self._layer, self._calls)
+
+    def result(self) -> torch.Tensor:
+        try:
+            return combine(self._hidden, self._calls, self._answers)
+        except BadMessageError as error:  # a worker's fault, not the client's
+            raise MoeError("shard_unavailable", f"an expert worker's answer is no answer: {error.message}") from None
+
+
+def combine(hidden: torch.Tensor, calls: list[Call], answers: list[bytes]) -> torch.Tensor:
+    """Add the partial sums in shard order, so that the sum does not depend on who answers first.
+
+    Args:
+        hidden: [T, H], what was asked: the result has its shape, dtype and device.
+        calls: the calls, in shard order.
+        answers: an encoded ExpertsReply to each, with a row for each of the call's rows.
+
+    Raises:
+        BadMessageError: an answer that is not such a reply.
+
+    """
+    dtype = WIRE_DTYPE[hidden.dtype]
+    tokens, width = hidden.shape
+    out: torch.Tensor | None = None
+    for call, data in zip(calls, answers, strict=True):
+        reply = wire.decode(ExpertsReply, data)
+        part = from_wire(reply.hidden_states, "hidden_states", (call.rows.size, width), (dtype,)).float()
+        if call.rows.size == tokens:
+            out = part if out is None else out.add_(part)
+        else:
+            out = torch.zeros(tokens, width) if out is None else out
+            out.index_add_(0, torch.from_numpy(call.rows), part)
+    assert out is not None  # noqa: S101 - every token has experts
+    return out.to(hidden.device, hidden.dtype)
+
+
+def _headers(timeout: float) -> Headers:
+    return {BUDGET_MS: f"{timeout * 1000:.0f}", REQUEST_ID: request_id.get()}

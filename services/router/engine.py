@@ -153,10 +153,12 @@ class Engine:
         # The experts' calls, and their logs, name the requests that they serve.
         request_id.set(",".join(w.sequence.request_id for w in work[:NAMED_REQUESTS]))
         want_routing = any(w.sequence.request.return_routing for w in work)
-        batch = await self._compute(self._build, work)
+        rows = sum(w.count for w in work)
+        batch = await self._compute(self._build, work, rows=rows)
         result = await forward(self._model, self._experts, self._compute, self._cache, batch, want_routing=want_routing)
-        emissions = await self._compute(self._sample, work, batch, result)
+        emissions = await self._compute(self._sample, work, batch, result, rows=rows)
         await self._emit(work, emissions)
+        await asyncio.sleep(0)  # what was told leaves before the next step computes
         self._step_seconds.observe(time.perf_counter() - start)
         self._batch_tokens.observe(batch.size)
         self._preemptions.inc(self._scheduler.preemptions - self._preemptions_seen)

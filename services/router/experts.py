@@ -1,7 +1,4 @@
-"""The seam: routed experts are one call, and nothing else in the router knows where they are.
-
-experts(layer, hidden [T, H], top_k_index [T, k], top_k_weights [T, k]) -> [T, H]
-"""
+"""The seam: routed experts are one question, and nothing else in the router knows where they are."""
 
 from __future__ import annotations
 
@@ -13,25 +10,41 @@ from shared.compute import Compute
 from shared.experts import ExpertBank
 
 
-class Experts(Protocol):
-    """The weighted sum of each token's top-k experts, in `hidden`'s dtype."""
+class Question(Protocol):
+    """What one layer's experts are asked, and then what they said."""
 
-    async def __call__(
+    async def ask(self) -> None:
+        """Ask, and wait for every answer.
+
+        Raises:
+            MoeError: `shard_unavailable` and its kin, when an expert cannot be reached in time.
+
+        """
+        ...
+
+    def result(self) -> torch.Tensor:
+        """[T, H], in the dtype of the hidden states: the weighted sum of each token's experts. Only after `ask`.
+
+        Raises:
+            MoeError: `shard_unavailable`, if an answer is no answer.
+
+        """
+        ...
+
+
+class Experts(Protocol):
+    """Whoever computes the routed experts."""
+
+    def question(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Ask the experts.
+    ) -> Question:
+        """Prepare what the experts are asked; computes, so it belongs where the model computes.
 
         Args:
             layer: the layer's index in the model.
             hidden: [T, H], normed hidden states.
             top_k_index: [T, k] int64, experts of each token.
             top_k_weights: [T, k] float32.
-
-        Returns:
-            [T, H].
-
-        Raises:
-            MoeError: `shard_unavailable` and its kin, when an expert cannot be reached in time.
 
         """
         ...
@@ -44,14 +57,32 @@ class LocalExperts:
         self._bank = bank
         self._compute = compute
 
-    async def __call__(
+    def question(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        return await self._compute(self._run, layer, hidden, top_k_index, top_k_weights)
+    ) -> LocalQuestion:
+        return LocalQuestion(self._bank, self._compute, layer, hidden, top_k_index, top_k_weights)
 
-    def _run(
-        self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+
+class LocalQuestion:
+    def __init__(
+        self,
+        bank: ExpertBank,
+        compute: Compute,
+        layer: int,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> None:
+        self._bank = bank
+        self._compute = compute
         tokens, k = top_k_index.shape
         token_index = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
-        return self._bank.compute(layer, hidden, token_index, top_k_index.flatten(), top_k_weights.flatten())
+        self._pairs = (layer, hidden, token_index, top_k_index.flatten(), top_k_weights.flatten())
+        self._out: torch.Tensor | None = None
+
+    async def ask(self) -> None:
+        self._out = await self._compute(self._bank.compute, *self._pairs)
+
+    def result(self) -> torch.Tensor:
+        assert self._out is not None  # noqa: S101 - `ask` comes first
+        return self._out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from services.router.batch import Batch
-from services.router.experts import Experts
+from services.router.experts import Experts, Question
 from services.router.kv_cache import KVCache
 from services.router.model import DenseModel, Routing
 from shared.compute import Compute
@@ -22,18 +22,45 @@ class StepResult:
     """[T, L, k]: experts of each row in each MoE layer, if asked for."""
 
 
+@dataclass(frozen=True)
+class MoeLayer:
+    """A MoE layer that waits for its experts' answers, or has them."""
+
+    routing: Routing
+    question: Question
+    shared: torch.Tensor | None
+    """[T, H]: the shared expert's part, computed while the routed ones are away."""
+
+    def result(self) -> torch.Tensor:
+        """Routed experts plus shared expert [T, H]."""
+        routed = self.question.result()
+        return routed if self.shared is None else routed + self.shared
+
+
+async def ask(model: DenseModel, compute: Compute, layer: int, routing: Routing, question: Question) -> MoeLayer:
+    """Ask the routed experts; the shared one computes meanwhile."""
+    if not model.config.shared_expert_intermediate_size:
+        await question.ask()
+        return MoeLayer(routing, question, None)
+    asking = asyncio.ensure_future(question.ask())
+    await asyncio.sleep(0)  # the question leaves before this process computes
+    try:
+        shared = await compute(model.shared_expert, layer, routing.hidden, rows=routing.hidden.shape[0])
+    finally:
+        await asking
+    return MoeLayer(routing, question, shared)
+
+
 async def moe_layer(
     model: DenseModel, experts: Experts, compute: Compute, layer: int, routing: Routing
 ) -> torch.Tensor:
-    """Routed experts plus shared expert [T, H]; the shared one computes while the routed ones are away."""
-    if not model.config.shared_expert_intermediate_size:
-        return await experts(layer, routing.hidden, routing.top_k_index, routing.top_k_weights)
-    shared = asyncio.ensure_future(compute(model.shared_expert, layer, routing.hidden))
-    try:
-        routed = await experts(layer, routing.hidden, routing.top_k_index, routing.top_k_weights)
-    finally:
-        own = await shared
-    return routed if own is None else await compute(torch.add, routed, own)
+    """One MoE layer by itself: routed experts plus shared expert [T, H]."""
+    rows = routing.hidden.shape[0]
+    question = await compute(
+        experts.question, layer, routing.hidden, routing.top_k_index, routing.top_k_weights, rows=rows
+    )
+    answered = await ask(model, compute, layer, routing, question)
+    return await compute(answered.result, rows=rows)
 
 
 async def forward(
@@ -41,34 +68,39 @@ async def forward(
 ) -> StepResult:
     """All of the batch's tokens through all layers, together.
 
+    All that lies between one layer's answers and the next layer's question is one call of `compute`.
+
     Raises:
         MoeError: when experts cannot be reached; the cache then holds garbage for the step's own slots only.
 
     """
-    hidden, cos, sin = await compute(model.embed, batch)  # [T, H]
-    added: torch.Tensor | None = None
+    rows = batch.size
+    hidden, cos, sin = await compute(model.embed, batch, rows=rows)  # [T, H]
+    before: MoeLayer | None = None
     taken: list[torch.Tensor] = []
     moe_layers = frozenset(model.config.moe_layers)
 
-    def before_experts(layer: int, hidden: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, Routing]:
-        hidden = hidden if added is None else hidden + added
-        hidden = model.attention(layer, hidden, cos, sin, batch, cache)
-        return hidden, model.route(layer, hidden)
+    def complete(hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
+        return hidden if before is None else hidden + before.result()
 
-    def dense_layer(layer: int, hidden: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
-        hidden = hidden if added is None else hidden + added
-        return model.dense_mlp(layer, model.attention(layer, hidden, cos, sin, batch, cache))
+    def to_experts(layer: int, hidden: torch.Tensor, before: MoeLayer | None) -> tuple[torch.Tensor, Routing, Question]:
+        hidden = model.attention(layer, complete(hidden, before), cos, sin, batch, cache)
+        routing = model.route(layer, hidden)
+        return hidden, routing, experts.question(layer, routing.hidden, routing.top_k_index, routing.top_k_weights)
 
-    def logits(hidden: torch.Tensor, added: torch.Tensor | None) -> torch.Tensor:
-        return model.logits(hidden if added is None else hidden + added, batch.logits_rows)
+    def dense_layer(layer: int, hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
+        return model.dense_mlp(layer, model.attention(layer, complete(hidden, before), cos, sin, batch, cache))
+
+    def logits(hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
+        return model.logits(complete(hidden, before), batch.logits_rows)
 
     for layer in range(model.config.num_hidden_layers):
         if layer in moe_layers:
-            hidden, routing = await compute(before_experts, layer, hidden, added)
+            hidden, routing, question = await compute(to_experts, layer, hidden, before, rows=rows)
             if want_routing:
                 taken.append(routing.top_k_index)
-            added = await moe_layer(model, experts, compute, layer, routing)
+            before = await ask(model, compute, layer, routing, question)
         else:
-            hidden, added = await compute(dense_layer, layer, hidden, added), None
-    result = await compute(logits, hidden, added)
+            hidden, before = await compute(dense_layer, layer, hidden, before, rows=rows), None
+    result = await compute(logits, hidden, before, rows=rows)
     return StepResult(result, torch.stack(taken, dim=1) if want_routing else None)

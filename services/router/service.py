@@ -7,6 +7,7 @@ import contextlib
 import time
 
 import msgspec
+import numpy as np
 import structlog
 import torch
 from nats.aio.msg import Msg
@@ -92,7 +93,7 @@ class Router:
         name = settings.model_name
         self._gauges = [gauge.labels(name) for gauge in (REQUESTS_RUNNING, REQUESTS_WAITING, KV_CACHE_USAGE)]
         self._listening_since = time.monotonic()
-        self._exported = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.int64)
+        self._exported = np.zeros((len(config.moe_layers), config.num_experts), dtype=np.int64)
 
     async def run(self, shutdown: asyncio.Event) -> None:
         """Serve until `shutdown`, then finish the generations in flight."""
@@ -114,7 +115,6 @@ class Router:
         self._model = await self._compute(DenseModel.load, self._checkpoint, self._dtype, self._device, self._on_bytes)
         self._experts = BusExperts(
             bus,
-            self._compute,
             config,
             self._deployment,
             num_shards=s.expert_shards,
@@ -218,7 +218,7 @@ class Router:
         self._gauges[0].set(engine.running)
         self._gauges[1].set(engine.waiting)
         self._gauges[2].set(engine.pool.usage)
-        now = experts.tokens.clone()
+        now = experts.tokens.copy()
         for metrics, row in zip(self._expert_metrics, (now - self._exported).tolist(), strict=True):
             for metric, tokens in zip(metrics, row, strict=True):
                 if tokens:

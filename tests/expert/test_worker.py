@@ -55,22 +55,22 @@ def request(**changes: Any) -> bytes:
     return wire.encode(ExpertsRequest(**{**good, **changes}))
 
 
-def answered(worker: Worker, data: bytes) -> torch.Tensor:
-    reply = wire.decode(ExpertsReply, worker._answer(data, None))
+async def answered(worker: Worker, data: bytes) -> torch.Tensor:
+    reply = wire.decode(ExpertsReply, await worker._answer(data, None))
     dtype = reply.hidden_states.dtype
     return from_wire(reply.hidden_states, "hidden_states", (None, HIDDEN), (dtype,))
 
 
-def refusal(worker: Worker, data: bytes, deadline: float | None = None) -> MoeError:
+async def refusal(worker: Worker, data: bytes, deadline: float | None = None) -> MoeError:
     before = (worker._state.tokens, worker._state.calls)
     with pytest.raises(MoeError) as caught:
-        worker._answer(data, deadline)
+        await worker._answer(data, deadline)
     assert (worker._state.tokens, worker._state.calls) == before
     return caught.value
 
 
-def test_a_good_call_is_answered_with_the_banks_sums(worker: Worker) -> None:
-    out = answered(worker, request())
+async def test_a_good_call_is_answered_with_the_banks_sums(worker: Worker) -> None:
+    out = await answered(worker, request())
     index, experts = torch.tensor([0, 1, 1]), torch.tensor([0, 2, 4])
     want = worker._bank.compute(0, torch.ones(3, HIDDEN), index, experts, torch.tensor([0.5, 1.0, 0.25]))
     assert torch.equal(out, want)
@@ -78,19 +78,19 @@ def test_a_good_call_is_answered_with_the_banks_sums(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_answer_has_the_requests_dtype(worker: Worker, dtype: torch.dtype) -> None:
-    out = answered(worker, request(hidden_states=to_wire(torch.ones(3, HIDDEN, dtype=dtype))))
+async def test_the_answer_has_the_requests_dtype(worker: Worker, dtype: torch.dtype) -> None:
+    out = await answered(worker, request(hidden_states=to_wire(torch.ones(3, HIDDEN, dtype=dtype))))
     assert out.dtype == dtype
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_a_call_without_pairs_is_answered_with_zeros(worker: Worker, rows: int) -> None:
+async def test_a_call_without_pairs_is_answered_with_zeros(worker: Worker, rows: int) -> None:
     empty = {
         "token_index": tensor([], torch.int32),
         "expert_index": tensor([], torch.int32),
         "weights": tensor([], torch.float32),
     }
-    out = answered(worker, request(hidden_states=to_wire(torch.ones(rows, HIDDEN)), **empty))
+    out = await answered(worker, request(hidden_states=to_wire(torch.ones(rows, HIDDEN)), **empty))
     assert out.shape == (rows, HIDDEN)
     assert not out.any()
 
@@ -113,20 +113,20 @@ BAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_refused(worker: Worker, changes: dict[str, Any]) -> None:
-    assert refusal(worker, request(**changes)).code == "bad_message"
+async def test_bad_input_is_refused(worker: Worker, changes: dict[str, Any]) -> None:
+    assert (await refusal(worker, request(**changes))).code == "bad_message"
 
 
 @pytest.mark.parametrize("expert", [1, 5, 6, -1, 2**31 - 1])
-def test_an_expert_that_is_not_hosted_is_another_workers_business(worker: Worker, expert: int) -> None:
-    error = refusal(worker, request(expert_index=tensor([0, 2, expert], torch.int32)))
+async def test_an_expert_that_is_not_hosted_is_another_workers_business(worker: Worker, expert: int) -> None:
+    error = await refusal(worker, request(expert_index=tensor([0, 2, expert], torch.int32)))
     assert error.code == "wrong_shard"
     assert str(expert) in error.message
 
 
-def test_expired_work_is_dropped_before_it_is_looked_at(worker: Worker) -> None:
-    assert refusal(worker, b"not even a message", deadline=time.monotonic() - 1).code == "deadline_exceeded"
-    assert worker._answer(request(), time.monotonic() + 60)
+async def test_expired_work_is_dropped_before_it_is_looked_at(worker: Worker) -> None:
+    assert (await refusal(worker, b"not even a message", deadline=time.monotonic() - 1)).code == "deadline_exceeded"
+    assert await worker._answer(request(), time.monotonic() + 60)
 
 
 @pytest.mark.parametrize(
@@ -145,17 +145,18 @@ def test_expired_work_is_dropped_before_it_is_looked_at(worker: Worker) -> None:
     ],
     ids=["empty", "garbage", "a list", "no fields", "truncated", "version", "layer", "giant", "short", "dtype"],
 )
-def test_what_is_no_message_is_refused(worker: Worker, data: bytes) -> None:
-    assert refusal(worker, data).code == "bad_message"
+async def test_what_is_no_message_is_refused(worker: Worker, data: bytes) -> None:
+    assert (await refusal(worker, data)).code == "bad_message"
 
 
 @example_settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_no_damage_to_a_message_is_more_than_a_typed_error(worker: Worker, data: st.DataObject) -> None:
+async def test_no_damage_to_a_message_is_more_than_a_typed_error(worker: Worker, data: st.DataObject) -> None:
     message = bytearray(request())
     for _ in range(data.draw(st.integers(1, 6))):
         message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))
     try:
-        wire.decode(ExpertsReply, worker._answer(bytes(message[: data.draw(st.integers(0, len(message)))]), None))
+        damaged = bytes(message[: data.draw(st.integers(0, len(message)))])
+        wire.decode(ExpertsReply, await worker._answer(damaged, None))
     except MoeError as error:
         assert error.code in {"bad_message", "wrong_shard"}  # noqa: PT017 - most damage hits numbers and is answered

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
@@ -17,8 +18,8 @@ from nats.aio.msg import Msg
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
 from services.nats_server import binary, free_port
-from services.router.dispatch import BusExperts, Call
-from services.router.experts import LocalExperts
+from services.router.dispatch import BusExperts, Call, combine
+from services.router.experts import Experts, LocalExperts
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus
 from shared.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ class Layer:
     """[T, k]"""
 
     async def expected(self) -> torch.Tensor:
-        return await LocalExperts(self.bank, self.compute)(0, self.hidden, self.index, self.weights)
+        return await asked(LocalExperts(self.bank, self.compute), self)
 
     async def answer(self, message: Msg) -> bytes:
         """What an honest worker says."""
@@ -69,6 +70,13 @@ class Layer:
             from_wire(request.weights, "weights", (None,), ("float32",)),
         )
         return wire.encode(ExpertsReply(hidden_states=to_wire(out)))
+
+
+async def asked(experts: Experts, layer: Layer) -> torch.Tensor:
+    """The layer's result [T, H]."""
+    question = experts.question(0, layer.hidden, layer.index, layer.weights)
+    await question.ask()
+    return question.result()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -123,7 +131,6 @@ class Cluster:
         self.deployment = f"dispatch-{next(_names)}"
         self.experts = BusExperts(
             router,
-            layer.compute,
             configuration(num_local_experts=EXPERTS),
             self.deployment,
             num_shards=shards,
@@ -150,7 +157,7 @@ class Cluster:
         return bus
 
     async def ask(self) -> torch.Tensor:
-        return await self.experts(0, self._layer.hidden, self._layer.index, self._layer.weights)
+        return await asked(self.experts, self._layer)
 
 
 @contextlib.asynccontextmanager
@@ -191,13 +198,11 @@ def refusing(code: str, times: int, layer: Layer) -> Handler:
     seed=st.integers(0, 999),
 )
 def test_packing_loses_no_pair_and_fits_the_bus(
-    small_bus: Bus, layer: Layer, tokens: int, shards: int, top_k: int, seed: int
+    small_bus: Bus, tokens: int, shards: int, top_k: int, seed: int
 ) -> None:
     hidden, index, weights = pairs(tokens, seed, top_k)
     config = configuration(num_local_experts=EXPERTS)
-    experts = BusExperts(
-        small_bus, layer.compute, config, "d", num_shards=shards, timeout_seconds=1, recovery_seconds=1
-    )
+    experts = BusExperts(small_bus, config, "d", num_shards=shards, timeout_seconds=1, recovery_seconds=1)
     calls = experts._pack(0, hidden, index, weights)
     seen = []
     for call in calls:
@@ -266,13 +271,11 @@ async def test_the_sum_is_the_same_to_the_bit_whichever_shard_answers_first(nats
     assert all(torch.equal(each, sums[0]) for each in sums)
 
 
-def test_partial_sums_are_added_in_float32_and_rounded_once(layer: Layer, small_bus: Bus) -> None:
-    config = configuration(num_local_experts=EXPERTS)
-    experts = BusExperts(small_bus, layer.compute, config, "d", num_shards=3, timeout_seconds=1, recovery_seconds=1)
+def test_partial_sums_are_added_in_float32_and_rounded_once() -> None:
     parts = [torch.full((1, HIDDEN), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
-    calls = [Call(shard, torch.tensor([0]), b"") for shard in range(3)]
+    calls = [Call(shard, np.array([0]), b"") for shard in range(3)]
     replies = [wire.encode(ExpertsReply(hidden_states=to_wire(part))) for part in parts]
-    out = experts._combine(torch.zeros(1, HIDDEN, dtype=torch.bfloat16), calls, replies)
+    out = combine(torch.zeros(1, HIDDEN, dtype=torch.bfloat16), calls, replies)
     # bfloat16 has 8 bits: adding 1 to 256 twice in it would leave 256.
     assert torch.equal(out, torch.full((1, HIDDEN), 258.0, dtype=torch.bfloat16))
 

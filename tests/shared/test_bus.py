@@ -462,8 +462,9 @@ async def test_a_server_that_stalls_with_bytes_unsent_is_given_up(ends: Ends) ->
 async def test_leaving_a_server_that_stalls_takes_no_longer_than_a_flush(ends: Ends) -> None:
     leaving = await Bus.connect(ends.server.url, "leaving", "leaving-1")
     ends.server.stall()
-    for _ in range(24):
-        await leaving.publish("work", b"x" * 2**20)
+    sent = [asyncio.create_task(leaving.publish("work", b"x" * 2**20)) for _ in range(24)]
+    await wait_until(lambda: any(each.done() for each in sent), "some to be on their way", SOON)
+    assert not all(each.done() for each in sent), "the network took it all, so nothing is unsent"
     task = asyncio.create_task(leaving.abort())
     try:
         async with asyncio.timeout(SOON):
@@ -472,8 +473,7 @@ async def test_leaving_a_server_that_stalls_takes_no_longer_than_a_flush(ends: E
         await ends.server.restart()
         with contextlib.suppress(OSError):
             await task
-        for subscription in leaving._watching:  # a close that fails leaves their tasks behind
-            subscription._wait_for_msgs_task.cancel()
+        await asyncio.gather(*sent, return_exceptions=True)
         await ends.both_connected()
 
 
