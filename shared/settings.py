@@ -100,7 +100,7 @@ class RouterSettings(ComputeSettings):
     max_waiting: int = Field(1024, ge=1, le=1_000_000, description="sequences in a router's line; more are refused")
     prefill_chunk_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens per step, all prompts together")
     kv_cache_mb: int = Field(512, ge=1, description="memory for the KV cache")
-    kv_block_tokens: int = Field(16, ge=1, le=1024, description="tokens in one KV block")
+    kv_block_tokens: int = Field(64, ge=1, le=1024, description="tokens in one KV block")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
     expert_recovery_seconds: float = Field(10, ge=0, le=600, description="wait for a shard that has no worker")
 

@@ -5,27 +5,37 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from services.router.batch import Batch
+from services.router.batch import Batch, Context
 from shared.linear import has_native_bfloat16
 
 
-def working_dtype(query: torch.Tensor) -> torch.dtype:
-    """What attention computes in: float32 in bfloat16's place on a CPU without bfloat16 of its own."""
-    slow = query.dtype is torch.bfloat16 and query.device.type == "cpu" and not has_native_bfloat16()
-    return torch.float32 if slow else query.dtype
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What attention computes in, and the KV cache holds, for a model of `dtype`.
+
+    float32 in bfloat16's place on a CPU without bfloat16 of its own: its kernels are several times slower there, and
+    so is converting the whole context in every step. The numbers are the same.
+    """
+    slow = dtype is torch.bfloat16 and device.type == "cpu" and not has_native_bfloat16()
+    return torch.float32 if slow else dtype
 
 
-def _read(cache: torch.Tensor, context: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The slots `context` [...] of `cache` [slots, kv_heads, D]: [..., kv_heads, D]."""
-    # index_select copies whole slots; indexing with a tensor takes three times as long.
-    read = torch.index_select(cache.view(cache.shape[0], -1), 0, context.flatten()).to(dtype)
-    return read.view(*context.shape, *cache.shape[1:])
+def _read(cache: torch.Tensor, context: Context) -> torch.Tensor:
+    """The context's L slots of `cache` [slots, kv_heads, D]: [1, kv_heads, L, D]."""
+    if isinstance(context.slots, slice):
+        read = cache[context.slots]
+    else:
+        # index_select copies whole slots; indexing with a tensor takes three times as long.
+        read = torch.index_select(cache.view(cache.shape[0], -1), 0, context.slots).view(-1, *cache.shape[1:])
+    return read.transpose(0, 1).unsqueeze(0)
 
 
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None
 ) -> torch.Tensor:
     """Attend each row of the batch to its own sequence's past.
+
+    Sequence by sequence, so that nothing need be gathered into one tensor: a context that lies in one piece is read
+    where it is.
 
     Args:
         query: [T, heads, D], rotated.
@@ -35,39 +45,37 @@ def attend(
         window: how many positions back a row sees, itself included; None: all.
 
     Returns:
-        [T, heads × D].
+        [T, heads × D] in query's dtype.
 
     """
+    heads, dim = query.shape[1:]
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    dtype, device = keys.dtype, query.device
     out = torch.empty_like(query)
-    dtype = working_dtype(query)
     query = query.to(dtype)
-    if batch.decode is not None:
-        d = batch.decode
-        count = d.context.shape[0]
-        mask = d.valid  # [B, L]
-        if window is not None:
-            mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= (d.lengths - window)[:, None])
-        k = _read(keys, d.context, dtype).transpose(1, 2)  # [B, kv, L, D]
-        v = _read(values, d.context, dtype).transpose(1, 2)
-        # In float32 one row has a kernel of its own; as two it is summed as the rows of a prefill are.
-        copies = 2 if dtype is torch.float32 else 1
-        q = query[:count].unsqueeze(2).repeat(1, 1, copies, 1)  # [B, heads, copies, D]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], enable_gqa=True)
-        out[:count] = y[:, :, 0]
-    for p in batch.prefills:
-        rows = slice(p.row, p.row + p.count)
-        length = p.context.shape[0]
-        q = query[rows].transpose(0, 1).unsqueeze(0)  # [1, heads, n, D]
-        k = _read(keys, p.context, dtype).transpose(0, 1).unsqueeze(0)  # [1, kv, L, D]
-        v = _read(values, p.context, dtype).transpose(0, 1).unsqueeze(0)
-        if length == p.count and not p.start and window is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if batch.decodes:
+        count = len(batch.decodes)
+        # The heads that share keys are the rows of one product.
+        q = query[:count].view(count, kv_heads, group, dim)
+        if group == 1 and dtype is torch.float32:
+            # In float32 one row has a kernel of its own; as two it is summed as the rows of a prefill are.
+            q = q.repeat(1, 1, 2, 1)
+        rows = out[:count].view(count, kv_heads, group, dim)
+        for row, c in enumerate(batch.decodes):
+            mask = c.mask(window, dtype, device)
+            y = F.scaled_dot_product_attention(q[row : row + 1], _read(keys, c), _read(values, c), attn_mask=mask)
+            rows[row] = y[0, :, :group]
+    for c in batch.prefills:
+        own = query[c.row : c.row + c.count]  # [n, heads, D]
+        k, v = _read(keys, c), _read(values, c)
+        if c.is_whole and window is None:
+            q = own.transpose(0, 1).unsqueeze(0)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
         else:
-            columns = torch.arange(length, device=query.device)
-            at = columns[p.start : p.start + p.count, None]
-            visible = columns <= at  # [n, L]
-            if window is not None:
-                visible = visible & (columns > at - window)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True)
-        out[rows] = y.squeeze(0).transpose(0, 1)
+            q = own.view(c.count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * c.count, dim)
+            mask = c.mask(window, dtype, device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(group, 1) if group > 1 else mask)
+            y = y.view(1, heads, c.count, dim)
+        out[c.row : c.row + c.count] = y.squeeze(0).transpose(0, 1)
     return out.flatten(1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
 CONTEXT_MULTIPLE = 64
-"""Contexts are padded to multiples of this: attention then sums in the same order whatever the longest context is."""
+"""Contexts are padded to multiples of this, so that attention sums a row in the same order however long they are."""
 
 
 def padded(length: int) -> int:
@@ -33,24 +33,42 @@ class Span:
         return self.start + len(self.token_ids)
 
 
-@dataclass(frozen=True)
-class Prefill:
-    """Rows [row, row + count): one sequence's tokens from position `start`, attending to `context` [L] slots."""
+@dataclass
+class Context:
+    """Rows [row, row + count) of a batch: a sequence's tokens from position `start`, and the slots that they see.
+
+    L is the sequence's length so far, padded; what lies past its end is zero.
+    """
 
     row: int
     count: int
     start: int
-    context: torch.Tensor
+    length: int
+    """L"""
+    slots: slice | torch.Tensor
+    """The L slots: a slice where they lie in one piece, which is read without a copy; else their numbers [L]."""
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all of the sequence's tokens, and no padding is needed."""
+        return not self.start and self.length == self.count
 
-@dataclass(frozen=True)
-class Decode:
-    """Single tokens of many sequences: rows [0, B), attending to `context` [B, L] slots where `valid` [B, L]."""
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """[count, L], to be added to the scores: 0 where a row sees a position, else minus infinity.
 
-    context: torch.Tensor
-    valid: torch.Tensor
-    lengths: torch.Tensor
-    """[B]"""
+        Made once for all layers with the same window.
+        """
+        made = self._masks.get(window)
+        if made is None:
+            columns = torch.arange(self.length, device=device)
+            at = torch.arange(self.start, self.start + self.count, device=device)[:, None]
+            hidden = columns > at
+            if window is not None:
+                hidden |= columns <= at - window
+            made = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = made
+        return made
 
 
 @dataclass(frozen=True)
@@ -65,8 +83,11 @@ class Batch:
     """[T]"""
     slots: torch.Tensor
     """[T]: where each token's key and value go."""
-    decode: Decode | None
-    prefills: list[Prefill]
+    blank: torch.Tensor | None
+    """Slots to be zeroed: read as padding behind a sequence's end, where it has just come to."""
+    decodes: list[Context]
+    """Of the rows [0, B): one token each."""
+    prefills: list[Context]
     logits_rows: torch.Tensor
     """[R] rows whose logits are wanted, in order."""
 
@@ -75,10 +96,21 @@ class Batch:
         return int(self.token_ids.shape[0])
 
 
-def _slots(blocks: list[int], block_tokens: int, start: int, end: int) -> torch.Tensor:
-    """Slots of the positions [start, end) of a sequence with these blocks."""
-    positions = torch.arange(start, end)
-    return torch.tensor(blocks)[positions // block_tokens] * block_tokens + positions % block_tokens
+def _slot(blocks: list[int], block_tokens: int, position: int) -> int:
+    return blocks[position // block_tokens] * block_tokens + position % block_tokens
+
+
+def _seen(blocks: list[int], block_tokens: int, end: int, device: torch.device) -> slice | torch.Tensor:
+    """The slots of a sequence's positions [0, end), padded."""
+    length = padded(end)
+    used = blocks[: -(-length // block_tokens)]
+    first = used[0]
+    if block_tokens % CONTEXT_MULTIPLE == 0 and used == list(range(first, first + len(used))):
+        return slice(first * block_tokens, first * block_tokens + length)
+    positions = torch.arange(end)
+    slots = torch.tensor(blocks)[positions // block_tokens] * block_tokens + positions % block_tokens
+    # Slots past a sequence's end may be another's: read block 0, which is zero.
+    return F.pad(slots, (0, length - end)).to(device)
 
 
 def build_batch(spans: list[Span], block_tokens: int, device: torch.device) -> Batch:
@@ -86,41 +118,30 @@ def build_batch(spans: list[Span], block_tokens: int, device: torch.device) -> B
     token_ids: list[int] = []
     positions: list[int] = []
     lengths: list[int] = []
+    slots: list[int] = []
+    blank: list[int] = []
     logits_rows: list[int] = []
-    singles = [span for span in spans if len(span.token_ids) == 1]
-    slots: list[torch.Tensor] = []
-    prefills: list[Prefill] = []
-    decode = None
-    if singles:
-        ends = torch.tensor([span.end for span in singles])  # [B]
-        longest = max(len(span.blocks) for span in singles)
-        table = torch.tensor([span.blocks + [0] * (longest - len(span.blocks)) for span in singles])  # [B, blocks]
-        context = (table[:, :, None] * block_tokens + torch.arange(block_tokens)).flatten(1)  # [B, L]
-        slots.append(context.gather(1, (ends - 1)[:, None]).squeeze(1))
-        length = padded(int(ends.max()))
-        context = F.pad(context[:, :length], (0, max(0, length - context.shape[1])))
-        valid = torch.arange(length) < ends[:, None]
-        # Slots past a sequence's end may hold another's leftovers: read block 0, which is zero.
-        context = torch.where(valid, context, 0)
-        decode = Decode(context.to(device), valid.to(device), ends.to(device))
+    decodes: list[Context] = []
+    prefills: list[Context] = []
     for span in spans:
-        row = len(token_ids)
-        count = len(span.token_ids)
+        row, count, end = len(token_ids), len(span.token_ids), span.end
         token_ids += span.token_ids
-        positions += range(span.start, span.end)
-        lengths += [max(span.prompt_length, position + 1) for position in range(span.start, span.end)]
-        logits_rows += [row + i for i in range(count) if span.start + i >= span.logits_from]
-        if count > 1:
-            context = _slots(span.blocks, block_tokens, 0, span.end)
-            slots.append(context[span.start :])
-            context = F.pad(context, (0, padded(span.end) - span.end))
-            prefills.append(Prefill(row, count, span.start, context.to(device)))
+        positions += range(span.start, end)
+        lengths += [max(span.prompt_length, position + 1) for position in range(span.start, end)]
+        logits_rows += range(row + max(0, span.logits_from - span.start), row + count)
+        slots += [_slot(span.blocks, block_tokens, position) for position in range(span.start, end)]
+        seen = _seen(span.blocks, block_tokens, end, device)
+        if isinstance(seen, slice) and padded(end) - CONTEXT_MULTIPLE >= span.start:
+            blank += range(slots[-1] + 1, seen.stop)
+        context = Context(row, count, span.start, padded(end), seen)
+        (prefills if count > 1 else decodes).append(context)
     return Batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
         rope_lengths=torch.tensor(lengths, device=device),
-        slots=torch.cat(slots).to(device),
-        decode=decode,
+        slots=torch.tensor(slots, device=device),
+        blank=torch.tensor(blank, device=device) if blank else None,
+        decodes=decodes,
         prefills=prefills,
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
     )

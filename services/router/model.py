@@ -177,10 +177,10 @@ class DenseModel:
         if c.qk_norm == "head":
             q, k = self._norm(q, f"{p}q_norm.weight"), self._norm(k, f"{p}k_norm.weight")
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys[batch.slots] = k
-        values[batch.slots] = v
-        y = attend(q, keys, values, batch, c.sliding_windows[layer])
+        cache.write(layer, batch.slots, k, v)
+        if batch.blank is not None:
+            cache.clear(layer, batch.blank)
+        y = attend(q, cache.keys[layer], cache.values[layer], batch, c.sliding_windows[layer])
         return hidden + self._linear(y, f"{p}o_proj")
 
     def route(self, layer: int, hidden: torch.Tensor) -> Routing:

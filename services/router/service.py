@@ -12,6 +12,7 @@ import structlog
 import torch
 from nats.aio.msg import Msg
 
+from services.router.attention import working_dtype
 from services.router.dispatch import BusExperts
 from services.router.engine import Engine
 from services.router.forward import moe_layer
@@ -70,9 +71,9 @@ class Router:
         self._replies: dict[str, str] = {}
         self._state: str = "starting"
         self._loaded_bytes = 0
-        itemsize = torch.empty(0, dtype=self._dtype).element_size()
-        self._total_bytes = DenseModel.load_bytes(checkpoint, itemsize)
-        blocks = num_blocks(config, settings.kv_cache_mb, settings.kv_block_tokens, itemsize)
+        self._total_bytes = DenseModel.load_bytes(checkpoint, self._dtype.itemsize)
+        self._cache_dtype = working_dtype(self._dtype, self._device)
+        blocks = num_blocks(config, settings.kv_cache_mb, settings.kv_block_tokens, self._cache_dtype.itemsize)
         capacity = blocks * settings.kv_block_tokens - 1
         wanted = min(settings.max_model_len or config.context_length, config.context_length)
         if capacity < 1 or (settings.max_model_len and capacity < wanted):
@@ -127,7 +128,7 @@ class Router:
             prefill_chunk_tokens=s.prefill_chunk_tokens,
             max_waiting=s.max_waiting,
         )
-        cache = await self._compute(KVCache, config, self._blocks, s.kv_block_tokens, self._dtype, self._device)
+        cache = await self._compute(KVCache, config, self._blocks, s.kv_block_tokens, self._cache_dtype, self._device)
         self._engine = Engine(
             self._model, self._experts, self._compute, scheduler, cache, self._deliver, model_name=s.model_name
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.attention import attend
-from services.router.batch import Batch, Span, build_batch
+from services.router.batch import CONTEXT_MULTIPLE, Batch, Span, build_batch, padded
 
 CPU = torch.device("cpu")
 NEVER = 2**62
@@ -30,13 +30,16 @@ class Layout:
     values: torch.Tensor
 
 
-def layout(pieces: list[tuple[int, int]], block_tokens: int, kv_heads: int, seed: int) -> Layout:
-    """A cache with a sequence for each (start, count), its blocks scattered; single tokens come first."""
+def layout(
+    pieces: list[tuple[int, int]], block_tokens: int, kv_heads: int, seed: int, *, scattered: bool = True
+) -> Layout:
+    """A cache with a sequence for each (start, count), its blocks scattered or in one piece; single tokens first."""
     generator = torch.Generator().manual_seed(seed)
     pieces = sorted(pieces, key=lambda piece: piece[1] > 1)
     counts = [-(-(start + count) // block_tokens) + 1 for start, count in pieces]
-    numbers = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    slots = (sum(counts) + 1) * block_tokens
+    total = sum(counts)
+    numbers = ((torch.randperm(total, generator=generator) if scattered else torch.arange(total)) + 1).tolist()
+    slots = (total + 1) * block_tokens
     keys, values = torch.full((2, slots, kv_heads, DIM), math.nan)
     keys[:block_tokens] = values[:block_tokens] = 0
     spans, own = [], []
@@ -49,6 +52,19 @@ def layout(pieces: list[tuple[int, int]], block_tokens: int, kv_heads: int, seed
             slot = mine[position // block_tokens] * block_tokens + position % block_tokens
             keys[slot], values[slot] = k[position], v[position]
     return Layout(spans, own, keys, values)
+
+
+def cleared(cache: Layout, batch: Batch) -> Layout:
+    """The cache after the batch's steps, in which single tokens have come to new padding earlier."""
+    for span, context in zip(cache.spans, [*batch.decodes, *batch.prefills], strict=True):
+        if isinstance(context.slots, slice):
+            end = context.slots.start + span.end
+            earlier = padded(span.end) - CONTEXT_MULTIPLE < span.start
+            if earlier:
+                cache.keys[end : context.slots.stop] = cache.values[end : context.slots.stop] = 0
+    if batch.blank is not None:
+        cache.keys[batch.blank] = cache.values[batch.blank] = 0
+    return cache
 
 
 def dense(query: torch.Tensor, layout: Layout, window: int | None) -> torch.Tensor:
@@ -86,6 +102,33 @@ def test_attention_over_blocks_equals_a_dense_loop(
     query = torch.randn(batch.size, 4, DIM, generator=torch.Generator().manual_seed(seed + 1))
     got = attend(query, cache.keys, cache.values, batch, window)
     assert got.shape == (batch.size, 4 * DIM)
+    assert torch.allclose(got, dense(query, cache, window), atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pieces=st.lists(
+        st.tuples(st.sampled_from([0, 5, 62, 63, 64, 127, 128, 150]), st.one_of(st.just(1), st.integers(1, 70))),
+        min_size=1,
+        max_size=4,
+    ),
+    blocks=st.sampled_from([1, 2]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    window=st.none() | st.integers(1, 90),
+    scattered=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_what_lies_in_one_piece_and_what_does_not_equals_a_dense_loop(
+    pieces: list[tuple[int, int]], blocks: int, kv_heads: int, window: int | None, scattered: bool, seed: int
+) -> None:
+    block_tokens = blocks * CONTEXT_MULTIPLE
+    cache = layout(pieces, block_tokens, kv_heads, seed, scattered=scattered)
+    batch = build_batch(cache.spans, block_tokens, CPU)
+    if not scattered:
+        assert all(isinstance(context.slots, slice) for context in [*batch.decodes, *batch.prefills])
+    query = torch.randn(batch.size, 4, DIM, generator=torch.Generator().manual_seed(seed + 1))
+    cleared(cache, batch)
+    got = attend(query, cache.keys, cache.values, batch, window)
     assert torch.allclose(got, dense(query, cache, window), atol=1e-5)
 
 
@@ -128,11 +171,25 @@ def test_a_batch_of_one_kind_only(kinds: str) -> None:
     if kinds == "decodes":
         batch = build_batch([Span([1], 0, 1, [1], 0), Span([2], 5, 3, [2, 3], 5)], 4, CPU)
         assert batch.prefills == []
-        assert batch.decode is not None
-        assert batch.decode.lengths.tolist() == [1, 6]
-        assert batch.decode.valid.sum(dim=1).tolist() == [1, 6]
-        assert batch.decode.context[0].tolist() == [4, *[0] * 63], "what is past the end reads block 0"
+        assert [(c.row, c.count, c.start, c.length) for c in batch.decodes] == [(0, 1, 0, 64), (1, 1, 5, 64)]
+        first = batch.decodes[0].slots
+        assert isinstance(first, torch.Tensor)
+        assert first.tolist() == [4, *[0] * 63], "what is past the end reads block 0"
     else:
         batch = build_batch([Span([1, 2], 0, 2, [1], 1)], 4, CPU)
-        assert batch.decode is None
+        assert batch.decodes == []
         assert [p.count for p in batch.prefills] == [2]
+
+
+def test_padding_in_a_sequences_own_block_is_zeroed_when_it_comes_there() -> None:
+    def blank(start: int, count: int, blocks: list[int]) -> list[int]:
+        made = build_batch([Span([0] * count, start, start + count, blocks, NEVER)], 64, CPU).blank
+        return [] if made is None else made.tolist()
+
+    assert blank(0, 10, [3]) == list(range(3 * 64 + 10, 4 * 64))
+    assert blank(10, 1, [3]) == []
+    assert blank(63, 1, [3]) == []
+    assert blank(64, 1, [3, 4]) == list(range(4 * 64 + 1, 5 * 64))
+    assert blank(20, 100, [3, 4]) == list(range(4 * 64 + 56, 5 * 64))
+    assert blank(20, 100, [3, 9]) == [], "scattered blocks are padded from block 0"
+    assert blank(0, 64, [3]) == []

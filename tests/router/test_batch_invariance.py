@@ -15,7 +15,7 @@ from shared.tensors import from_wire
 from tests.oracle import VOCAB, make_checkpoint
 from tests.router.inprocess import Result, local_engine
 
-LENGTHS = (1, 2, 3, 9, 16, 17, 30, 5, 11, 1, 23, 40)
+LENGTHS = (1, 2, 3, 9, 16, 17, 30, 5, 11, 1, 23, 40, 55, 100)
 
 
 def requests(name: str) -> list[GenerateRequest]:
@@ -47,8 +47,11 @@ async def test_logits_in_a_crowd_are_those_alone_to_the_bit(variant: str, tmp_pa
     async with local_engine(path, blocks=40, prefill_chunk_tokens=7) as engine:
         pressed = await asyncio.gather(*(engine.generate(request) for request in requests("pressed")))
         assert engine.scheduler.preemptions > 0
-    for one, many, few in zip(alone, crowd, pressed, strict=True):
-        assert one.tokens == many.tokens == few.tokens
+    async with local_engine(path, blocks=64, block_tokens=64, prefill_chunk_tokens=50) as engine:
+        one_piece = await asyncio.gather(*(engine.generate(request) for request in requests("one-piece")))
+    for one, many, few, whole in zip(alone, crowd, pressed, one_piece, strict=True):
+        assert one.tokens == many.tokens == few.tokens == whole.tokens
+        assert torch.equal(logits(one), logits(whole))
         assert torch.equal(logits(one), logits(many))
         assert torch.equal(logits(one), logits(few))
 

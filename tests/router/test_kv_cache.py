@@ -40,6 +40,24 @@ def test_a_block_has_one_owner_and_none_is_lost(blocks: int, wishes: list[tuple[
     assert sorted(pool.take(blocks) or []) == list(range(1, blocks + 1))
 
 
+def test_sequences_that_grow_in_turns_stay_in_one_piece_while_there_is_room() -> None:
+    pool = BlockPool(512, 64)
+    sequences = [pool.take(2) or [] for _ in range(16)]
+    for _ in range(12):
+        for blocks in sequences:
+            blocks.extend(pool.take(1, after=blocks[-1]) or [])
+    for blocks in sequences:
+        assert blocks == list(range(blocks[0], blocks[0] + 14))
+
+
+def test_a_pool_in_pieces_still_gives_out_all_it_has() -> None:
+    pool = BlockPool(9, 64)
+    assert pool.take(9) is not None
+    pool.give_back([2, 5, 8])
+    assert sorted(pool.take(3, after=4) or []) == [2, 5, 8]
+    assert pool.take(1) is None
+
+
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
 def test_tokens_take_whole_blocks(tokens: int, blocks: int) -> None:
     assert BlockPool(8, 16).blocks_for(tokens) == blocks
