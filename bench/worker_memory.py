@@ -1,7 +1,7 @@
 """Resident memory of one expert worker that holds half of a model's experts, against its bound.
 
 Usage: python bench/worker_memory.py [--gigabytes 1.0] [--folder DIR]. Exit code 1 if the worker takes more than 60 % of
-the whole model's expert bytes plus 400 MB, at its peak or after. Linux only: it reads /proc.
+the whole model's expert bytes plus 400 MB, at its peak or after; WIDEN_WEIGHTS is off. Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ async def measure(folder: Path, gigabytes: float) -> Memory:
     port = free_port()
     url = f"nats://127.0.0.1:{port}"
     settings = {"MODEL": str(model), "NATS_URL": url, "INSTANCE": INSTANCE, "EXPERT_SHARDS": "2", "SHARDS": "0"}
+    settings["WIDEN_WEIGHTS"] = "off"
     quiet = {"METRICS_PORT": "0", "LOG_LEVEL": "WARNING"}
     server = await asyncio.create_subprocess_exec(
         *(binary(), "--config", str(write_config(folder, port))), stderr=asyncio.subprocess.DEVNULL

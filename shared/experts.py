@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.names import expert_names
-from shared.linear import Linear
+from shared.linear import LEAST_ROWS, Linear
 from shared.tensors import TensorReader
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -18,11 +18,16 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 ACTIVATION: dict[str, Activation] = {
     "silu": F.silu,
     "swish": F.silu,
-    "gelu": F.gelu,
+    "gelu": lambda x: F.gelu(x.contiguous()),  # has two kernels, and a single row of a larger matrix is contiguous
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+GROUP_ROWS = 64
+"""Experts are taken together until they have so many rows: enough to share small operations, few enough for caches."""
+SERIAL_ELEMENTS = 16384
+"""Torch splits larger activations among threads, wherever in a row that falls, and rounds there otherwise. Source:
+ATen's GELU_MIN_ELEMENTS_FOR_MULTI_THREADING; its GRAIN_SIZE for the others is larger."""
 
 
 def shard_experts(num_experts: int, num_shards: int, shard: int) -> range:
@@ -40,14 +45,36 @@ class ExpertWeights:
     """[H, I]"""
 
 
+@dataclass(frozen=True)
+class ExpertOptions:
+    """How experts are kept and computed."""
+
+    widen: bool = False
+    """Keep bfloat16 weights as float32, and compute in it."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The pairs of one expert, among all pairs sorted by expert."""
+
+    expert: int
+    start: int
+    stop: int
+
+
 class ExpertBank:
     """The weights of some experts of every MoE layer, and their weighted sum."""
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device, options: ExpertOptions | None = None
+    ) -> None:
         config = checkpoint.config
+        options = options or ExpertOptions()
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self._widen = options.widen and dtype is torch.bfloat16
+        self._compute_dtype = torch.float32 if self._widen else dtype
         self._act = ACTIVATION[config.hidden_act]
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
         self.config = config
@@ -59,38 +86,50 @@ class ExpertBank:
     def bytes_of(self, experts: Iterable[int]) -> int:
         """Bytes that these experts' weights take in memory, all layers together."""
         c = self.config
-        itemsize = torch.empty(0, dtype=self._dtype).element_size()
-        per_expert = 3 * c.moe_intermediate_size * c.hidden_size * itemsize
+        per_expert = 3 * c.moe_intermediate_size * c.hidden_size * self._compute_dtype.itemsize
         return per_expert * len(c.moe_layers) * len(list(experts))
 
     def load(self, experts: Iterable[int], on_bytes: Callable[[int], None] = lambda _: None) -> None:
-        """Read the tensors of `experts` in every MoE layer; gate and up become one matrix.
+        """Read the tensors of `experts` in every MoE layer, one after another; gate and up become one matrix.
+
+        Args:
+            experts: which; what is there already is not read again.
+            on_bytes: called with the bytes that each expert of a layer takes in memory, once it is there.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape, or unreadable.
 
         """
         c = self.config
-        inner, hidden = c.moe_intermediate_size, c.hidden_size
         wanted = sorted(experts)
-        with TensorReader(self._checkpoint.tensors, self._device, on_bytes) as reader:
+        # Every expert is read into the same memory: holes between what stays would add up to as much again.
+        shapes = (2 * c.moe_intermediate_size, c.hidden_size), (c.hidden_size, c.moe_intermediate_size)
+        gate_up, down = (torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes)
+        wide = [torch.empty(shape, device=self._device) for shape in shapes] if self._widen else [gate_up, down]
+        with TensorReader(self._checkpoint.tensors, self._device, lambda _: None) as reader:
             for layer in c.moe_layers:
                 for expert in wanted:
-                    if (layer, expert) in self._weights:
-                        continue
-                    names = expert_names(c, self._checkpoint.tensors, layer, expert)
-                    gate_up = torch.empty(2 * inner, hidden, dtype=self._dtype, device=self._device)
-                    down = torch.empty(hidden, inner, dtype=self._dtype, device=self._device)
-                    if names.row is None:
-                        reader.copy_into(gate_up[:inner], names.gate)
-                        reader.copy_into(gate_up[inner:], names.up)
-                        reader.copy_into(down, names.down)
-                    else:
-                        stacked = (c.num_experts, *gate_up.shape)
-                        reader.copy_into(gate_up, names.gate, stored=stacked, row=names.row)
-                        stacked = (c.num_experts, *down.shape)
-                        reader.copy_into(down, names.down, stored=stacked, row=names.row)
-                    self._weights[layer, expert] = ExpertWeights(Linear(gate_up), Linear(down))
+                    if (layer, expert) not in self._weights:
+                        self._read(reader, layer, expert, gate_up, down)
+                        if self._widen:
+                            wide[0].copy_(gate_up)
+                            wide[1].copy_(down)
+                        linears = [Linear(w if Linear.packs(w) else w.clone()) for w in wide]
+                        self._weights[layer, expert] = ExpertWeights(*linears)
+                        on_bytes(sum(w.nbytes for w in wide))
+
+    def _read(self, reader: TensorReader, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """One expert's matrices into `gate_up` [2I, H] and `down` [H, I]."""
+        c = self.config
+        inner = c.moe_intermediate_size
+        names = expert_names(c, self._checkpoint.tensors, layer, expert)
+        if names.row is None:
+            reader.copy_into(gate_up[:inner], names.gate)
+            reader.copy_into(gate_up[inner:], names.up)
+            reader.copy_into(down, names.down)
+        else:
+            reader.copy_into(gate_up, names.gate, stored=(c.num_experts, *gate_up.shape), row=names.row)
+            reader.copy_into(down, names.down, stored=(c.num_experts, *down.shape), row=names.row)
 
     def has(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self._weights
@@ -103,7 +142,9 @@ class ExpertBank:
         expert_index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The weighted sum of each token's experts.
+        """The weighted sum of each token's experts, added up in ascending order of experts.
+
+        A token's result does not depend on the other tokens and pairs of the call, to the bit.
 
         Args:
             layer: the layer's index in the model.
@@ -117,16 +158,59 @@ class ExpertBank:
 
         """
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if not expert_index.numel():
+            return out.to(hidden.dtype)
         order = torch.argsort(expert_index, stable=True)
-        token_index, weights = token_index[order], weights[order].unsqueeze(1)  # [P], [P, 1]
-        present, counts = torch.unique_consecutive(expert_index[order], return_counts=True)
-        start = 0
-        for expert, count in zip(present.tolist(), counts.tolist(), strict=True):
-            w = self._weights[layer, expert]
-            rows = token_index[start : start + count]  # [n]
-            x = hidden if count == hidden.shape[0] == 1 else hidden[rows]  # [n, H]
-            gate, up = w.gate_up(x).chunk(2, dim=-1)  # [n, I] each
-            y = w.down(self._act(gate) * up)  # [n, H]
-            out.index_add_(0, rows, y.float() * weights[start : start + count])
-            start += count
+        tokens, scales = token_index[order], weights[order].unsqueeze(1)  # [P], [P, 1]
+        x = hidden.to(self._compute_dtype)
+        for group in _groups(torch.bincount(expert_index).tolist()):
+            pairs = slice(group[0].start, group[-1].stop)
+            rows = tokens[pairs]  # [n]
+            y = self._run(layer, group, x.index_select(0, rows))  # [n, H]
+            out.index_add_(0, rows, y.float().mul_(scales[pairs]))
         return out.to(hidden.dtype)
+
+    def _run(self, layer: int, group: list[Span], x: torch.Tensor) -> torch.Tensor:
+        """Each row of `x` [n, H] through its expert: [n, H]."""
+        experts = [self._weights[layer, span.expert] for span in group]
+        gate_up = _products([w.gate_up for w in experts], group, x)  # [n, 2I]
+        inner = gate_up.shape[1] // 2
+        h = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)  # [n, I]
+        most = max(1, SERIAL_ELEMENTS // inner)
+        for piece in range(0, x.shape[0], most):
+            part = slice(piece, piece + most)
+            torch.mul(self._act(gate_up[part, :inner]), gate_up[part, inner:], out=h[part])
+        return _products([w.down for w in experts], group, h)
+
+
+def _groups(counts: list[int]) -> Iterator[list[Span]]:
+    """Experts with pairs, in order, as lists of about GROUP_ROWS rows; `counts` has the pairs of each expert."""
+    group: list[Span] = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            group.append(Span(expert, start, start + count))
+            start += count
+            if start - group[0].start >= GROUP_ROWS:
+                yield group
+                group = []
+    if group:
+        yield group
+
+
+def _products(linears: list[Linear], group: list[Span], x: torch.Tensor) -> torch.Tensor:
+    """Each expert's rows of `x` [n, in] times its weight: [n, out].
+
+    A single row takes a neighbour along, which costs less than padding it.
+    """
+    first, rows = group[0].start, x.shape[0]
+    if len(group) == 1:
+        return linears[0](x)
+    parts = []
+    for linear, span in zip(linears, group, strict=True):
+        start, stop = span.start - first, span.stop - first
+        begin = min(start, max(0, rows - LEAST_ROWS))
+        end = max(stop, min(rows, begin + LEAST_ROWS))
+        y = linear(x[begin:end])
+        parts.append(y if end - begin == stop - start else y[start - begin : stop - begin])
+    return torch.cat(parts)

@@ -31,7 +31,7 @@ class Linear:
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, widen: bool = False) -> None:
-        """Prepare `weight`, which is not kept.
+        """Prepare `weight`, which is copied if it `packs`, and kept if not.
 
         Args:
             weight: [out, in], float32, bfloat16 or float16.
@@ -44,8 +44,7 @@ class Linear:
         self._weight: torch.Tensor | None = weight
         self._packed: torch.Tensor | None = None
         self._widened = False
-        single = weight.shape[0] == 1 and bias is None
-        if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or single:
+        if not self.packs(weight, bias):
             return
         if widen and weight.dtype is torch.bfloat16 and not has_native_bfloat16():
             self._widened = True
@@ -53,6 +52,12 @@ class Linear:
             self._bias = None if bias is None else bias.float()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # noqa: SLF001 - what torch.compile itself calls
         self._weight = None
+
+    @staticmethod
+    def packs(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+        """Whether a weight like this is laid out anew."""
+        single = weight.shape[0] == 1 and bias is None
+        return weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and not single
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is None:

@@ -109,6 +109,9 @@ class ExpertSettings(ComputeSettings):
     workers: int = Field(2, ge=1, le=1024, description="expert workers that start together and share the shards")
     shards: str | None = Field(None, pattern=r"^\d+(,\d+)*$", description="pin this worker to these shards: 0,2")
     max_pending_calls: int = Field(64, ge=1, le=65536, description="calls in a worker's line; more are refused")
+    widen_weights: Literal["auto", "on", "off"] = Field(
+        "auto", description="keep bfloat16 experts as float32 (auto: if the CPU has no bfloat16 and memory is ample)"
+    )
 
     @property
     def pinned_shards(self) -> tuple[int, ...]:

@@ -59,6 +59,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-head-dim": ("mixtral", {"head_dim": 16}),
     "mixtral-tied": ("mixtral", {"tie_word_embeddings": True}),
     "mixtral-gelu": ("mixtral", {"hidden_act": "gelu"}),
+    "mixtral-gelu-tanh": ("mixtral", {"hidden_act": "gelu_pytorch_tanh"}),
     "olmoe": ("olmoe", {}),
     "olmoe-gqa": ("olmoe", {"num_key_value_heads": 2}),
     "olmoe-clip": ("olmoe", {"clip_qkv": 0.4}),

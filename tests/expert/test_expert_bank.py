@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
-from shared.experts import ExpertBank, shard_experts
+from shared.experts import ExpertBank, ExpertOptions, shard_experts
 from tests.oracle import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -23,8 +24,15 @@ HIDDEN = 32
 EXPERTS = 6
 
 
-def opened(path: Path, variant: str, dtype: torch.dtype = torch.float32) -> ExpertBank:
-    bank = ExpertBank(Checkpoint.open(make_checkpoint(path / variant, variant)), dtype=dtype, device=CPU)
+def opened(
+    path: Path,
+    variant: str,
+    dtype: torch.dtype = torch.float32,
+    options: ExpertOptions | None = None,
+    **more: int,
+) -> ExpertBank:
+    checkpoint = Checkpoint.open(make_checkpoint(path / variant, variant, dtype=dtype, **more))
+    bank = ExpertBank(checkpoint, dtype=dtype, device=CPU, options=options)
     bank.load(range(EXPERTS))
     return bank
 
@@ -77,6 +85,7 @@ def compute(bank: ExpertBank, layer: int, hidden: torch.Tensor, pairs: list[tupl
     )
 
 
+OPTIONS = [ExpertOptions(), ExpertOptions(widen=True)]
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, EXPERTS - 1), st.floats(-2, 2, width=32)), max_size=24)
 
 
@@ -89,6 +98,40 @@ def test_any_pairs_give_the_sum_that_a_plain_loop_gives(
     got = compute(bank, layer, hidden, pairs)
     assert got.dtype == torch.float32
     assert torch.allclose(got.double(), plain(bank._checkpoint.path, layer, hidden, pairs), atol=1e-4)
+
+
+@pytest.fixture(params=[1, 2], ids="{}-threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["mixtral", "mixtral-gelu", "mixtral-gelu-tanh"])
+def test_a_token_is_the_same_among_any_others_to_the_bit(
+    tmp_path: Path, variant: str, dtype: torch.dtype, options: ExpertOptions
+) -> None:
+    # So wide that torch splits the activations of all rows among threads, inside a row.
+    bank = opened(tmp_path, variant, dtype, options, intermediate_size=104)
+    generator = torch.Generator().manual_seed(2)
+    tokens = 700
+    hidden = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
+    chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(3).indices  # [T, 3]
+    weights = torch.rand(tokens, 3, generator=generator)
+
+    def together(first: int, last: int) -> torch.Tensor:
+        tokens = torch.arange(last - first).repeat_interleave(3).int()
+        parts = chosen[first:last].flatten().int(), weights[first:last].flatten()
+        return bank.compute(2, hidden[first:last], tokens, *parts)
+
+    alone = torch.cat([together(i, i + 1) for i in range(tokens)])
+    for count in (2, 3, 5, 7, 16, 33, 64, 300, 511, tokens):
+        assert torch.equal(together(0, count), alone[:count]), f"{count} tokens"
+    assert torch.equal(together(13, 60), alone[13:60])
 
 
 @settings(max_examples=50, deadline=None)
@@ -134,6 +177,27 @@ def test_sums_are_kept_in_float32_whatever_the_weights_are(tmp_path: Path) -> No
     assert one.dtype == many.dtype == torch.bfloat16
     # Added up in bfloat16, 64 small parts would be off by far more than the last bit.
     assert torch.allclose(one.float(), many.float(), rtol=2**-7, atol=0)
+
+
+def test_widened_experts_are_bfloat16_weights_computed_in_float32(tmp_path: Path) -> None:
+    wide = opened(tmp_path, "olmoe", torch.bfloat16, ExpertOptions(widen=True))
+    hidden = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(4)).bfloat16()
+    pairs = [(t, e, 0.5) for t in range(5) for e in (0, 3, 4)]
+    want = plain(wide._checkpoint.path, 1, hidden, pairs)
+    # One rounding, of the result.
+    torch.testing.assert_close(compute(wide, 1, hidden, pairs).double(), want, rtol=2**-8, atol=1e-5)
+
+
+def test_the_bytes_reported_while_loading_are_those_in_memory(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", "olmoe", dtype=torch.bfloat16))
+    sizes = []
+    for widen in (False, True):
+        bank = ExpertBank(checkpoint, dtype=torch.bfloat16, device=CPU, options=ExpertOptions(widen=widen))
+        counted: list[int] = []
+        bank.load([0, 2], counted.append)
+        sizes.append(sum(counted))
+        assert sizes[-1] == bank.bytes_of([0, 2])
+    assert sizes[1] == 2 * sizes[0]
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "olmoe", "qwen2", "qwen3", "mixtral-gelu"])
