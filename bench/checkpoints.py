@@ -1,6 +1,7 @@
 """Random checkpoints in the shapes that are measured: `python -m bench.checkpoints olmoe FOLDER`.
 
-olmoe: OLMoE-1B-7B's shape (arXiv 2409.02060) with 4 of its 16 layers, 3.6 GB; mixtral: 0.7 GB; tiny: overhead only.
+olmoe: OLMoE-1B-7B's shape (arXiv 2409.02060) with 4 of its 16 layers, 3.6 GB; mixtral: 0.7 GB; tiny: overhead only;
+dispatch: one layer for bench.dispatch.
 All bfloat16. Weights are random, so the texts are noise; speed does not depend on what the numbers are.
 """
 
@@ -54,6 +55,19 @@ SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
             "num_key_value_heads": 4,
             "num_hidden_layers": 8,
             "vocab_size": 32000,
+        },
+    ),
+    "dispatch": (
+        _mixtral,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 16,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 1,
+            "vocab_size": 64,
         },
     ),
     "tiny": (

@@ -98,7 +98,9 @@ class GatewaySettings(ServiceSettings):
 class RouterSettings(ComputeSettings):
     batch_size: int = Field(16, ge=1, le=4096, description="sequences that decode together")
     max_waiting: int = Field(1024, ge=1, le=1_000_000, description="sequences in a router's line; more are refused")
-    prefill_chunk_tokens: int = Field(256, ge=1, le=65536, description="prompt tokens per step, all prompts together")
+    prefill_chunk_tokens: int = Field(
+        256, ge=1, le=65536, description="most prompt tokens per step, all prompts together"
+    )
     kv_cache_mb: int = Field(512, ge=1, description="memory for the KV cache")
     kv_block_tokens: int = Field(64, ge=1, le=1024, description="tokens in one KV block")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
@@ -113,6 +115,10 @@ class ExpertSettings(ComputeSettings):
         "auto", description="keep bfloat16 experts as float32 (auto: if the CPU has no bfloat16 and memory is ample)"
     )
 
+    simulated_pair_ms: float | None = Field(
+        None, ge=0, le=1000, description="for benchmarks only: sleep so long per token and expert, and answer zeros"
+    )
+
     @property
     def pinned_shards(self) -> tuple[int, ...]:
         return tuple(sorted({int(s) for s in self.shards.split(",")})) if self.shards else ()
@@ -121,6 +127,12 @@ class ExpertSettings(ComputeSettings):
     def _shards_exist(self) -> Self:
         if any(shard >= self.expert_shards for shard in self.pinned_shards):
             raise ValueError(f"SHARDS={self.shards} names a shard that EXPERT_SHARDS={self.expert_shards} has not")
+        return self
+
+    @model_validator(mode="after")
+    def _production_computes(self) -> Self:
+        if self.env == "production" and self.simulated_pair_ms is not None:
+            raise ValueError("SIMULATED_PAIR_MS gives zeros for answers and is refused when ENV=production")
         return self
 
 

@@ -88,6 +88,7 @@ class Worker:
         self._loading = Compute()
         """A thread of its own: shards that are taken over load beside the answers for those already served."""
         self._state = _State()
+        self._simulation = asyncio.Lock()
         self._instance = instance_name(settings, "expert")
         self._fleet = Fleet()
         self._served: list[Served] = []
@@ -134,6 +135,8 @@ class Worker:
         subject = subjects.worker(self._deployment, self._instance)
         self._served.append(await bus.serve(subject, self._answerer(bus), capacity=self._settings.max_pending_calls))
         self._state.ready = True
+        if self._settings.simulated_pair_ms is not None:
+            log.warning("expert.simulated", pair_ms=self._settings.simulated_pair_ms)
         await bus.flush()
         await self._reporter.publish()
         log.info("expert.ready", instance=self._instance, deployment=self._deployment, shards=self._state.shards)
@@ -285,7 +288,10 @@ class Worker:
         """One call: decode, check, compute, encode."""
         raise_if_expired(expires)
         work = self._checked(wire.decode(ExpertsRequest, data))
-        out = await self._compute(self._run, work, expires, rows=work.hidden.shape[0])
+        if self._settings.simulated_pair_ms is None:
+            out = await self._compute(self._run, work, expires, rows=work.hidden.shape[0])
+        else:
+            out = await self._simulated(work, self._settings.simulated_pair_ms / 1000)
         self._state.tokens += out.shape[0]
         return wire.encode(ExpertsReply(hidden_states=to_wire(out)))
 
@@ -312,6 +318,12 @@ class Worker:
             if expert not in self._owned:
                 raise MoeError("wrong_shard", f"expert {expert} is not hosted by {self._instance}")
         return Work(request.layer, hidden, token_index, expert_index, weights)
+
+    async def _simulated(self, work: Work, pair_seconds: float) -> torch.Tensor:
+        """Zeros [T, H], after the time that the products would take; one call at a time, as with real ones."""
+        async with self._simulation:
+            await asyncio.sleep(pair_seconds * work.expert_index.shape[0])
+        return torch.zeros_like(work.hidden)
 
     def _run(self, work: Work, expires: float | None) -> torch.Tensor:
         """[T, H] in the call's dtype."""

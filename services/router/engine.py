@@ -159,7 +159,10 @@ class Engine:
         emissions = await self._compute(self._sample, work, batch, result, rows=rows)
         await self._emit(work, emissions)
         await asyncio.sleep(0)  # what was told leaves before the next step computes
-        self._step_seconds.observe(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        prompt_tokens = sum(w.count for w in work if w.count > 1)
+        self._scheduler.pace.observe(rows - prompt_tokens, prompt_tokens, seconds)
+        self._step_seconds.observe(seconds)
         self._batch_tokens.observe(batch.size)
         self._preemptions.inc(self._scheduler.preemptions - self._preemptions_seen)
         self._preemptions_seen = self._scheduler.preemptions

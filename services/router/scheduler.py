@@ -1,9 +1,9 @@
 """Which tokens are computed in the next step. A pure core: no clock, no I/O, no tensors.
 
 Continuous batching (Orca, OSDI 2022) with chunked prefill (Sarathi, arXiv 2308.16369) and paged blocks (vLLM,
-arXiv 2309.06180). Every running sequence decodes in every step; prompts share `prefill_chunk_tokens` per step evenly,
-so a long one holds up no short one. Admission is by free blocks, in order of arrival; a request that does not fit is
-passed over by smaller ones, but not for ever.
+arXiv 2309.06180). Every running sequence decodes in every step; prompts share the step's budget evenly, so a long one
+holds up no short one. Admission is by free blocks, in order of arrival; a request that does not fit is passed over by
+smaller ones, but not for ever.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from services.router.kv_cache import BlockPool
+from services.router.prefill_pace import PrefillPace
 from services.router.sequence import Sequence
 
 MAX_PASSED_OVER = 16
@@ -35,12 +36,12 @@ class Scheduler:
     """Owns the waiting line, the running set and the blocks."""
 
     def __init__(self, pool: BlockPool, *, batch_size: int, prefill_chunk_tokens: int, max_waiting: int) -> None:
+        self.pace = PrefillPace(prefill_chunk_tokens)
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self._batch_size = batch_size
-        self._prefill_chunk_tokens = prefill_chunk_tokens
         self._max_waiting = max_waiting
 
     @property
@@ -72,7 +73,7 @@ class Scheduler:
         decoding = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.arrival)
         prefilling = sorted((s for s in self.running if s.pending > 1), key=lambda s: s.arrival)
         work = [Work(s, s.computed, 1) for s in decoding if s in self.running and self._grow(s, s.length)]
-        budget = self._prefill_chunk_tokens
+        budget = self.pace.budget(decoding=bool(work))
         shares = _share([s.pending for s in prefilling], budget)
         for sequence, share in zip(prefilling, shares, strict=True):
             if share and sequence in self.running:

@@ -160,3 +160,17 @@ async def test_no_damage_to_a_message_is_more_than_a_typed_error(worker: Worker,
         wire.decode(ExpertsReply, await worker._answer(damaged, None))
     except MoeError as error:
         assert error.code in {"bad_message", "wrong_shard"}  # noqa: PT017 - most damage hits numbers and is answered
+
+
+async def test_a_simulating_worker_takes_its_time_for_each_pair_and_answers_zeros(worker: Worker) -> None:
+    real = worker._settings
+    worker._settings = real.model_copy(update={"simulated_pair_ms": 10.0})
+    try:
+        start = time.monotonic()
+        out = await answered(worker, request())
+        assert time.monotonic() - start >= 0.03, "three pairs"
+    finally:
+        worker._settings = real
+    assert out.shape == (3, HIDDEN)
+    assert not out.any()
+    assert (await answered(worker, request())).any()
