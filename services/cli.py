@@ -6,7 +6,7 @@ import asyncio
 import random
 import runpy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -14,6 +14,7 @@ from shared.errors import StartError
 from shared.settings import DEMO_MODEL, refuse
 from training.command import train
 
+Number = TypeVar("Number", int, float)
 app = typer.Typer(
     help="Serve Mixture-of-Experts models from small services over NATS.",
     no_args_is_help=True,
@@ -123,12 +124,118 @@ def load(
         max_p99=max_p99,
     )
     console = Console()
-    outcome = asyncio.run(generator.run(plan, console))
-    console.print(generator.load_table(plan, outcome))
-    reasons = generator.verdict(plan, outcome)
+    try:
+        came = asyncio.run(generator.run(plan, console))
+    except StartError as error:
+        refuse(error)
+    console.print(generator.load_table(plan, came))
+    reasons = generator.verdict(plan, came)
     for reason in reasons:
         typer.echo(f"failed: {reason}", err=True)
     raise typer.Exit(1 if reasons else 0)
+
+
+def _numbers(option: str, text: str | None, kind: type[Number], low: float, high: float) -> tuple[Number, ...]:
+    """The numbers of a list like 1,4,16.
+
+    Raises:
+        StartError: one of them is none, or out of range.
+
+    """
+    try:
+        values = tuple(kind(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise StartError(f"{option} {text}: not numbers; it looks like 1,4,16") from None
+    if not all(low <= value <= high for value in values):
+        raise StartError(f"{option} {text}: from {low:g} to {high:g}, please")
+    return values
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Option(help="A running gateway.")] = "http://127.0.0.1:8000",
+    concurrency: Annotated[
+        str | None, typer.Option(help="Closed loop: so many streams at once; a row for each. Default: 1,4,16.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Open loop: so many requests per second, arriving at random; a row for each.")
+    ] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, max=3600, help="Seconds of each row. Default: 10.")] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="Requests of each row, in place of --duration.")
+    ] = None,
+    shape: Annotated[
+        Literal["completion", "chat", "forward"],
+        typer.Option(help="Token ids to /v1/completions, words to the chat, or float32 to one MoE layer."),
+    ] = "completion",
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1_000_000, help="Tokens of each prompt (chat: about). Default: 128; rows of forward: 1."
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1_000_000, help="Tokens of each answer.")] = 64,
+    layer: Annotated[int | None, typer.Option(min=0, help="Of forward. Default: the first MoE layer.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, max=10_000, help="Requests before the first row.")] = 4,
+    timeout: Annotated[float, typer.Option(min=0.1, max=86_400, help="Seconds for each answer.")] = 120,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of arrivals and prompts. Default: a new one, so no answer is cached.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and report.html. Default: a new one here.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,
+) -> None:
+    """Measure a running stack: throughput and latencies for several loads, each a row of the table.
+
+    A closed loop (--concurrency) keeps so many streams busy and shows what the stack can do. An open loop (--rate)
+    sends requests when they are due and counts latency from then, so that no stall can hide; it shows what users will
+    see. Prompts are random and never the same, so that no cache answers. Besides the table it writes report.json, with
+    every figure, and report.html, with plots. Exit code: 0 if every request came back, 1 if one failed, 2 if nothing
+    could be measured, 130 after Ctrl-C, which keeps the rows that were finished.
+
+    Example: openmoe bench --concurrency 1,4,16 --rate 2,8 --duration 30 --output before
+
+    Example: openmoe bench --shape forward --concurrency 64
+    """
+    import uvloop
+    from rich.console import Console
+
+    from services import benchmark, benchmark_report
+
+    if duration is not None and requests is not None:
+        refuse(StartError("--duration and --requests exclude each other; give one"))
+    console = Console()
+    try:
+        streams = _numbers("--concurrency", concurrency, int, 1, benchmark.MAX_IN_FLIGHT)
+        rates = _numbers("--rate", rate, float, 0.01, 100_000)
+        plan = benchmark.Plan(
+            url,
+            shape,
+            streams or (() if rates else (1, 4, 16)),
+            rates,
+            benchmark.Length(None if requests else duration or 10.0, requests),
+            prompt_tokens or (1 if shape == "forward" else 128),
+            max_tokens,
+            layer,
+            timeout,
+            warmup,
+            random.SystemRandom().getrandbits(32) if seed is None else seed,
+            api_key,
+        )
+        folder = benchmark_report.folder(output)
+        outcome = uvloop.run(benchmark.run(plan, console))
+        for table in benchmark_report.tables(plan, outcome.rows):
+            console.print(table)
+        for note in benchmark_report.notes(outcome.rows):
+            console.print(note, soft_wrap=True)
+        paths = benchmark_report.write(folder, benchmark_report.report(plan, outcome))
+    except StartError as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    typer.echo("\n".join(str(path) for path in paths))
+    raise typer.Exit(130 if outcome.interrupted else 1 if outcome.failed else 0)
 
 
 @app.command()

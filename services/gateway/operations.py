@@ -109,6 +109,9 @@ def routes(context: Context) -> APIRouter:
             "created": int(context.started),
             "owned_by": "openmoe",
             "max_model_len": context.max_model_len,
+            "vocab_size": context.config.vocab_size,
+            "hidden_size": context.config.hidden_size,
+            "moe_layers": list(context.config.moe_layers),
         }
 
     @router.get("/v1/models")
