@@ -8,20 +8,29 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 READY_SECONDS = 300
 STOP_SECONDS = 30
 
 
 @contextlib.asynccontextmanager
-async def stack(*arguments: str, **environment: str) -> AsyncIterator[str]:
-    """Start a stack on a free port; gives its URL once it has produced a completion, and stops it after."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
+async def stack(*arguments: str, log: Path = Path(os.devnull), **environment: str) -> AsyncIterator[str]:
+    """Start a stack on a free port; gives its URL once it has produced a completion, and stops it after.
+
+    Args:
+        arguments: of `openmoe up`.
+        log: the file that the services' logs go to.
+        environment: settings.
+
+    """
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=output,
+            env={**os.environ, **environment},
+        )
     assert process.stdout is not None  # noqa: S101 - asked for above
     try:
         async with asyncio.timeout(READY_SECONDS):

@@ -25,11 +25,12 @@ h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 8px; } p
 .faint, figcaption, th { color: var(--faint); } .bad { color: var(--bad); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { font-weight: 500; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { font-weight: 500; vertical-align: bottom; } .group { text-align: center; }
+th[rowspan]:first-child, td:first-child { text-align: left; padding-left: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; margin: 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 24px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 24px; }
 figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
 .grid { stroke: var(--rule); } path.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; }
@@ -75,7 +76,9 @@ def _table(rows: list[RowData], *, generates: bool) -> str:
     kinds = [("first token", "time_to_first_token"), ("inter-token", "inter_token_latency")] if generates else []
     kinds.append(("latency", "latency"))
     heads = ["load", "done", "failed", "requests/s", *(["output tokens/s"] if generates else []), "input tokens/s"]
-    heads += [f"{name} {q}, ms" for name, _ in kinds for q in ("p50", "p95", "p99", "max")]
+    head = "".join(f'<th rowspan="2">{name}</th>' for name in heads)
+    head += "".join(f'<th class="group" colspan="4">{name}, ms</th>' for name, _ in kinds)
+    quantiles = "".join(f"<th>{q}</th>" for _ in kinds for q in ("p50", "p95", "p99", "max"))
     lines = []
     for row in rows:
         failed = f'<span class="bad">{row["failed"]}</span>' if row["failed"] else "0"
@@ -85,8 +88,8 @@ def _table(rows: list[RowData], *, generates: bool) -> str:
         for _, kind in kinds:
             cells += [_ms((row[kind] or {}).get(q)) for q in ("p50", "p95", "p99", "max")]
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in heads)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    head = f"<thead><tr>{head}</tr><tr>{quantiles}</tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def _failures(rows: list[RowData]) -> str:
@@ -105,7 +108,8 @@ def _by_load(rows: list[RowData], *, generates: bool) -> str:
         chosen = sorted((row for row in rows if row["mode"] == mode), key=lambda row: float(row["load"]))
         if not chosen:
             continue
-        x = Axis(label, log=len(chosen) > 1)
+        loads = sorted({float(row["load"]) for row in chosen})
+        x = Axis(label, log=len(loads) > 1, ticks=loads)
 
         def line(name: str, value: Callable[[RowData], float | None], chosen: list[RowData] = chosen) -> Line:
             found = ((row["load"], value(row)) for row in chosen)
@@ -147,7 +151,7 @@ def _over_time(rows: list[RowData]) -> str:
             Line(q, [(b["at"], b[q] * 1000) for b in row["over_time"] if b[q] is not None], dots=False)
             for q in ("p50", "p99", "max")
         ]
-        parts.append(plot(row["name"], Axis("seconds since the start"), Axis("ms", least=0), lines))
+        parts.append(plot(row["name"], Axis("seconds since the start", least=0), Axis("ms", least=0), lines))
     return "".join(parts)
 
 

@@ -32,6 +32,8 @@ class Axis:
     log: bool = False
     least: float | None = None
     """Where it begins at the latest; None: at the least value."""
+    ticks: Sequence[float] | None = None
+    """Where it is labelled; None: at round numbers."""
 
 
 def nice_ticks(low: float, high: float, count: int = TICKS) -> list[float]:
@@ -46,13 +48,13 @@ def nice_ticks(low: float, high: float, count: int = TICKS) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between `low` and `high`; fewer where there are many."""
+    """Powers of ten between `low` and `high`, with 2 and 5 times them if there is room; or round numbers."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for multiples in ((1, 2, 5), (1,)):
         ticks = [m * 10.0**d for d in decades for m in multiples if low <= m * 10.0**d <= high]
         if len(ticks) <= 2 * TICKS:
             break
-    return ticks or [low]
+    return ticks if len(ticks) > 2 else nice_ticks(low, high)
 
 
 def number(value: float) -> str:
@@ -72,10 +74,11 @@ def _scale(axis: Axis, values: list[float], start: float, end: float) -> tuple[C
     if axis.log:
         high = high if high > low else low * 2
         span = math.log(high) - math.log(low)
-        return lambda v: start + (math.log(max(v, low)) - math.log(low)) / span * (end - start), log_ticks(low, high)
+        marks = list(axis.ticks or log_ticks(low, high))
+        return lambda v: start + (math.log(max(v, low)) - math.log(low)) / span * (end - start), marks
     high = high if high > low else low + 1
-    ticks = nice_ticks(low, high)
-    if len(ticks) > 1 and ticks[-1] < high and axis.least is not None:
+    ticks = list(axis.ticks or nice_ticks(low, high))
+    if axis.ticks is None and len(ticks) > 1 and ticks[-1] < high and axis.least is not None:
         high = ticks[-1] + ticks[1] - ticks[0]  # the topmost value stays below the topmost tick
         ticks.append(high)
     return lambda v: start + (v - low) / (high - low) * (end - start), ticks

@@ -22,7 +22,7 @@ from prometheus_client import MetricsHandler
 from shared import discovery
 from shared.bus import Bus, without_secrets
 from shared.errors import MoeError, StartError
-from shared.instrumentation import REGISTRY
+from shared.instrumentation import REGISTRY, turn_off
 from shared.logs import configure_logs
 from shared.settings import ServiceSettings, refuse
 from shared.status import Status, StatusReporter
@@ -132,6 +132,8 @@ def run_process(
 ) -> None:
     """Run `main(shutdown)` until it returns; SIGTERM or SIGINT sets `shutdown`, a second one ends the process."""
     configure_logs(service, settings)
+    if settings.metrics == "off":
+        turn_off()
 
     async def supervised() -> None:
         shutdown = asyncio.Event()

@@ -30,6 +30,7 @@ class ServiceSettings(BaseSettings):
     nats_url: str = Field("nats://127.0.0.1:4222", description="the NATS server")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level that is logged")
     host: str = Field("127.0.0.1", description="address that HTTP listens on")
+    metrics: Literal["on", "off"] = Field("on", description="off: /metrics counts nothing, at no cost")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of /metrics (0: a free one, named in the log)")
     instance: str | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="this process' name on the bus")
     timeout_seconds: float = Field(30, gt=0, le=3600, description="longest wait for the next sign of progress")
