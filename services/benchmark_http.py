@@ -59,6 +59,8 @@ class Connection(asyncio.Protocol):
         self._on_body: OnBody = _ignore
         self._take: OnBody = _ignore
         self._refusal = bytearray()
+        self._sized = False
+        self._ends_with_connection = False
 
     async def ask(self, request: bytes, on_body: OnBody) -> tuple[int, bytes]:
         """Send one request; (status, the body if the status is not 200), once the answer is whole.
@@ -73,7 +75,7 @@ class Connection(asyncio.Protocol):
         """
         assert self._transport is not None  # noqa: S101 - made with the connection
         self._parser = httptools.HttpResponseParser(self)
-        self._on_body, self._refusal = on_body, bytearray()
+        self._on_body, self._refusal, self._sized, self._ends_with_connection = on_body, bytearray(), False, False
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
@@ -81,7 +83,7 @@ class Connection(asyncio.Protocol):
         except BaseException:
             self.abort()
             raise
-        if not self._parser.should_keep_alive():
+        if self._ends_with_connection or not self._parser.should_keep_alive():
             self.abort()
         self.idle_since = time.perf_counter()
         return self._parser.get_status_code(), bytes(self._refusal)
@@ -108,6 +110,8 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
+        if exc is None and self._ends_with_connection:
+            self.on_message_complete()
         self._fail(f"the connection broke: {exc}" if exc else "the server closed the connection before it had answered")
 
     def _fail(self, text: str) -> None:
@@ -115,7 +119,11 @@ class Connection(asyncio.Protocol):
             self._answered.set_exception(TransferError(text))
 
     # httptools' side
+    def on_header(self, name: bytes, _value: bytes) -> None:
+        self._sized = self._sized or name.lower() in {b"content-length", b"transfer-encoding"}
+
     def on_headers_complete(self) -> None:
+        self._ends_with_connection = not self._sized  # RFC 9112, 6.3: then the body ends where the connection does
         self._take = self._on_body if self._parser.get_status_code() == 200 else self._refuse
 
     def on_body(self, body: bytes) -> None:
