@@ -6,8 +6,10 @@ prompts):
 - on: METRICS=on, every /metrics scraped every five seconds (as deploy/prometheus does), LOG_LEVEL=INFO, logs to a file;
 - off: METRICS=off, nothing scraped, LOG_LEVEL=ERROR.
 
-Each round measures both, the order changing from round to round, and gives one ratio of their output tokens/s; printed
-are the median, the least and the greatest. Exit code 1 if the median is under `--least`.
+Each round measures both and gives one ratio of their output tokens/s; who comes first changes from round to round, and
+both are started anew, in the other order, after half of the rounds: equal stacks differ by some percent (`--control`
+shows how much). Printed are the median of the ratios, its quartiles, the least and the greatest, and `cpu_ratio`, the
+same of tokens per CPU second of the stack, which is less noisy. Exit code 1 if the median is under `--least`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import secrets
 import statistics
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,55 +82,94 @@ async def scraping(clients: list[Client]) -> AsyncIterator[None]:
             await task
 
 
-async def throughput(
-    client: Client, make: Requests, scraped: list[Client], number: int, arguments: argparse.Namespace
-) -> float:
-    """Output tokens/s of one turn."""
-    traffic = Traffic(client, 120)
-    async with scraping(scraped):
-        start, seconds = await closed_loop(
-            traffic, lambda n: make(number, n), arguments.streams, Length(duration=arguments.seconds)
-        )
-    came = row("closed", arguments.streams, traffic.samples, start, seconds)
-    if came.failed:
-        raise SystemExit(f"requests failed: {came.failures}")
-    return came.output_tokens_per_second
+@dataclass
+class Turn:
+    """What one turn came to."""
+
+    tokens_per_second: float
+    cpu_ms_per_token: float
+    """Of all of the stack's processes."""
+
+
+class Side:
+    """One of the two stacks."""
+
+    def __init__(self, client: Client, make: Requests, scraped: list[Client]) -> None:
+        self._client, self._make, self.scraped = client, make, scraped
+        port = client.url.rpartition(":")[2]
+        self._services = [p for p in psutil.Process().children(recursive=True) if p.environ().get("PORT") == port]
+
+    @classmethod
+    async def start(
+        cls, stacks: AsyncExitStack, settings: dict[str, str], log: Path, arguments: argparse.Namespace
+    ) -> Side:
+        """Start the stack and warm it up."""
+        token = secrets.token_hex(16)
+        model = ("--model", str(arguments.checkpoint), "--experts", str(arguments.experts))
+        running = stack(*model, log=log, ENV="production", API_AUTH_TOKEN=token, **settings)
+        url = await stacks.enter_async_context(running)
+        client = Client(url, token)
+        stacks.callback(client.close)
+        plan = Plan(url, concurrency=(arguments.streams,), warmup=2 * arguments.streams, seed=arguments.seed)
+        make = await prepare(plan, client, (await look_at(client))[0])
+        return cls(client, make, await metrics_of(url, token) if settings["METRICS"] == "on" else [])
+
+    def _cpu(self) -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in self._services)
+
+    async def turn(self, number: int, arguments: argparse.Namespace) -> Turn:
+        """Load it for a while."""
+        traffic, length = Traffic(self._client, 120), Length(duration=arguments.seconds)
+        before = self._cpu()
+        async with scraping(self.scraped):
+            start, seconds = await closed_loop(traffic, lambda n: self._make(number, n), arguments.streams, length)
+        cpu = self._cpu() - before
+        came = row("closed", arguments.streams, traffic.samples, start, seconds)
+        if came.failed:
+            raise SystemExit(f"requests failed: {came.failures}")
+        return Turn(came.output_tokens_per_second, 1000 * cpu / (came.done * came.output_tokens))
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    token = secrets.token_hex(16)
-    model = ("--model", str(arguments.checkpoint), "--experts", str(arguments.experts))
     modes = {"on": {"METRICS": "on", "LOG_LEVEL": "INFO"}, "off": {"METRICS": "off", "LOG_LEVEL": "ERROR"}}
-    speeds: dict[str, list[float]] = {mode: [] for mode in modes}
-    clients: dict[str, Client] = {}
-    makers: dict[str, Requests] = {}
-    scraped: dict[str, list[Client]] = {}
-    with tempfile.TemporaryDirectory(prefix="openmoe-overhead-") as folder:
-        logs = {mode: Path(folder) / f"{mode}.log" for mode in modes}
-        async with AsyncExitStack() as stacks:
-            for mode, settings in modes.items():
-                environment = {"ENV": "production", "API_AUTH_TOKEN": token, **settings}
-                url = await stacks.enter_async_context(stack(*model, log=logs[mode], **environment))
-                clients[mode] = Client(url, token)
-                stacks.callback(clients[mode].close)
-                plan = Plan(url, concurrency=(arguments.streams,), warmup=arguments.streams, seed=arguments.seed)
-                makers[mode] = await prepare(plan, clients[mode], (await look_at(clients[mode]))[0])
-                scraped[mode] = await metrics_of(url, token) if mode == "on" else []
-            for number in range(arguments.rounds):
-                for mode in sorted(modes, reverse=bool(number % 2)):
-                    speed = await throughput(clients[mode], makers[mode], scraped[mode], number, arguments)
-                    speeds[mode].append(speed)
-        lines = {mode: len(log.read_bytes().splitlines()) for mode, log in logs.items()}
-    ratios = sorted(on / off for on, off in zip(speeds["on"], speeds["off"], strict=True))
+    if arguments.control:
+        modes["on"] = modes["off"]
+    turns: dict[str, list[Turn]] = {mode: [] for mode in modes}
+    lines, scraped = Counter[str](), 0
+    for start in range(arguments.starts):
+        with tempfile.TemporaryDirectory(prefix="openmoe-overhead-") as folder:
+            logs = {mode: Path(folder) / f"{mode}.log" for mode in modes}
+            async with AsyncExitStack() as stacks:
+                sides: dict[str, Side] = {}
+                for mode in sorted(modes, reverse=bool(start % 2)):
+                    sides[mode] = await Side.start(stacks, modes[mode], logs[mode], arguments)
+                scraped = len(sides["on"].scraped)
+                for number in range(arguments.rounds):
+                    for mode in sorted(modes, reverse=bool(number % 2)):
+                        turns[mode].append(await sides[mode].turn(start * arguments.rounds + number, arguments))
+            lines.update({mode: len(log.read_bytes().splitlines()) for mode, log in logs.items()})
+    pairs = list(zip(turns["on"], turns["off"], strict=True))
+    speed = sorted(on.tokens_per_second / off.tokens_per_second for on, off in pairs)
+    cpu = sorted(off.cpu_ms_per_token / on.cpu_ms_per_token for on, off in pairs)
     return {
+        "control": arguments.control,
         "streams": arguments.streams,
-        "on_tokens_per_second": [round(speed, 1) for speed in speeds["on"]],
-        "off_tokens_per_second": [round(speed, 1) for speed in speeds["off"]],
-        "log_lines": lines,
-        "scraped": len(scraped["on"]),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_least": round(ratios[0], 3),
-        "ratio_greatest": round(ratios[-1], 3),
+        "rounds": len(pairs),
+        "log_lines": dict(lines),
+        "scraped": scraped,
+        **{
+            f"{mode}_tokens_per_second": round(statistics.median(t.tokens_per_second for t in turns[mode]), 1)
+            for mode in modes
+        },
+        **{
+            f"{mode}_cpu_ms_per_token": round(statistics.median(t.cpu_ms_per_token for t in turns[mode]), 3)
+            for mode in modes
+        },
+        "cpu_ratio": round(statistics.median(cpu), 3),
+        "ratio": round(statistics.median(speed), 3),
+        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(speed, n=4)[::2]] if len(speed) > 1 else [],
+        "ratio_least": round(speed[0], 3),
+        "ratio_greatest": round(speed[-1], 3),
     }
 
 
@@ -135,10 +178,12 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=DEMO_MODEL, help="a Hugging Face folder")
     parser.add_argument("--experts", type=int, default=2, help="expert workers of each stack")
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--seconds", type=float, default=15, help="of each turn")
+    parser.add_argument("--starts", type=int, default=2, help="how often both stacks are started anew")
+    parser.add_argument("--rounds", type=int, default=10, help="of each start")
+    parser.add_argument("--seconds", type=float, default=5, help="of each turn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--least", type=float, default=0.97, help="a lower ratio is a failure")
+    parser.add_argument("--control", action="store_true", help="both stacks off: how far chance alone goes")
     arguments = parser.parse_args()
     result = uvloop.run(measure(arguments))
     print(json.dumps(result, indent=1))
