@@ -61,6 +61,7 @@ class Connection(asyncio.Protocol):
         self._refusal = bytearray()
         self._sized = False
         self._ends_with_connection = False
+        self._stays = False
 
     async def ask(self, request: bytes, on_body: OnBody) -> tuple[int, bytes]:
         """Send one request; (status, the body if the status is not 200), once the answer is whole.
@@ -83,7 +84,7 @@ class Connection(asyncio.Protocol):
         except BaseException:
             self.abort()
             raise
-        if self._ends_with_connection or not self._parser.should_keep_alive():
+        if not self._stays:
             self.abort()
         self.idle_since = time.perf_counter()
         return self._parser.get_status_code(), bytes(self._refusal)
@@ -130,6 +131,8 @@ class Connection(asyncio.Protocol):
         self._take(body)
 
     def on_message_complete(self) -> None:
+        # Asked here, as the parser forgets it with the message.
+        self._stays = not self._ends_with_connection and self._parser.should_keep_alive()
         if self._answered is not None and not self._answered.done():
             self._answered.set_result(None)
 

@@ -76,7 +76,7 @@ def _scale(axis: Axis, values: list[float], start: float, end: float) -> tuple[C
         span = math.log(high) - math.log(low)
         marks = list(axis.ticks or log_ticks(low, high))
         return lambda v: start + (math.log(max(v, low)) - math.log(low)) / span * (end - start), marks
-    high = high if high > low else low + 1
+    high = high if high > low else low + (abs(low) or 1)
     ticks = list(axis.ticks or nice_ticks(low, high))
     if axis.ticks is None and len(ticks) > 1 and ticks[-1] < high and axis.least is not None:
         high = ticks[-1] + ticks[1] - ticks[0]  # the topmost value stays below the topmost tick
