@@ -188,11 +188,13 @@ def bench(
 ) -> None:
     """Measure a running stack: throughput and latencies for several loads, each a row of the table.
 
-    A closed loop (--concurrency) keeps so many streams busy and shows what the stack can do. An open loop (--rate)
-    sends requests when they are due and counts latency from then, so that no stall can hide; it shows what users will
-    see. Prompts are random and never the same, so that no cache answers. Besides the table it writes report.json, with
-    every figure, and report.html, with plots. Exit code: 0 if every request came back, 1 if one failed, 2 if nothing
-    could be measured, 130 after Ctrl-C, which keeps the rows that were finished.
+    A closed loop (--concurrency) keeps so many streams busy: it shows what the stack can do.
+
+    An open loop (--rate) sends requests when they are due and counts latency from then, so that no stall can hide.
+
+    Prompts are random and never the same, so that no cache answers. Figures and plots go to --output.
+
+    Exit code: 0 all came back, 1 some failed, 2 nothing could be measured, 130 Ctrl-C (finished rows are kept).
 
     Example: openmoe bench --concurrency 1,4,16 --rate 2,8 --duration 30 --output before
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -44,29 +46,29 @@ async def test_metrics_that_are_off_count_nothing_and_leave_other_libraries_alon
 
 
 async def test_the_setting_turns_a_service_s_metrics_off(nats_url: str, tmp_path: Path) -> None:
-    counted: dict[str, bool] = {}
-    for metrics in ("on", "off"):
-        port = free_port()
-        monitor = await start_service(
-            tmp_path, "monitor", NATS_URL=nats_url, METRICS_PORT=str(port), METRICS=metrics, INSTANCE=f"m-{metrics}"
-        )
-        try:
-            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+    async with contextlib.AsyncExitStack() as running:
+        client = await running.enter_async_context(httpx.AsyncClient(trust_env=False))
+        urls: dict[str, str] = {}
+        for metrics in ("off", "on"):
+            port = free_port()
+            settings = {"METRICS": metrics, "METRICS_PORT": str(port), "INSTANCE": f"monitor-{metrics}"}
+            monitor = await start_service(tmp_path, "monitor", NATS_URL=nats_url, **settings)
+            running.push_async_callback(monitor.stop)
+            urls[metrics] = f"http://127.0.0.1:{port}"
 
-                async def ready(client: httpx.AsyncClient = client) -> bool:
-                    try:
-                        return (await client.get("/health")).status_code == 200
-                    except httpx.TransportError:
-                        return False
+        async def healthy(metrics: str) -> bool:
+            try:
+                return (await client.get(f"{urls[metrics]}/health")).status_code == 200
+            except httpx.TransportError:
+                return False
 
-                async def sees_itself(client: httpx.AsyncClient = client) -> bool:
-                    return 'moe_instances{service="monitor"' in (await client.get("/metrics")).text
+        async def counted(metrics: str) -> list[str]:
+            text = (await client.get(f"{urls[metrics]}/metrics")).text
+            return [line for line in text.splitlines() if line.startswith("moe_instances{")]
 
-                await wait_until(ready, "the monitor to be ready", 30)
-                if metrics == "on":
-                    await wait_until(sees_itself, "the monitor to count itself", 30)
-                counted[metrics] = await sees_itself()
-                assert "moe_instances" in (await client.get("/metrics")).text
-        finally:
-            await monitor.stop()
-    assert counted == {"on": True, "off": False}
+        for metrics in urls:
+            await wait_until(functools.partial(healthy, metrics), f"the monitor ({metrics}) to be ready", 30)
+        await wait_until(lambda: counted("on"), "a monitor to count instances", 30)
+        await wait_until(lambda: healthy("off"), "the other to answer still", 5)
+        assert not await counted("off")
+        assert "# TYPE moe_instances gauge" in (await client.get(f"{urls['off']}/metrics")).text
