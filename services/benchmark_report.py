@@ -98,18 +98,21 @@ def report(plan: Plan, outcome: Outcome) -> dict[str, Any]:
 
 
 def folder(path: Path | None) -> Path:
-    """Make the folder that the report goes to; by default a new one, named by the time.
+    """The folder that the report goes to (by default a new one, named by the time); tried out before the run.
 
     Raises:
         StartError: it cannot be made, or nothing can be written there.
 
     """
     path = path or Path(f"openmoe-bench-{datetime.now().astimezone():%Y%m%d-%H%M%S}")
+    existed = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{JSON_NAME}"
         probe.touch()
         probe.unlink()
+        if not existed:
+            path.rmdir()  # a run that is refused leaves nothing behind
     except OSError as error:
         raise StartError(f"--output {path}: {error.strerror or error}") from None
     return path
@@ -124,6 +127,7 @@ def write(path: Path, content: dict[str, Any]) -> tuple[Path, Path]:
     """
     data, page = path / JSON_NAME, path / HTML_NAME
     try:
+        path.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         page.write_text(html(content), encoding="utf-8")
     except OSError as error:

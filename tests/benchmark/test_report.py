@@ -106,6 +106,12 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         folder(tmp_path / "file")
 
 
+def test_a_folder_is_made_only_when_there_is_a_report(tmp_path: Path) -> None:
+    assert not folder(tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    assert folder(tmp_path / "old").exists()
+
+
 def test_the_tables_fit_a_terminal_and_show_failures() -> None:
     console = Console(width=80, file=io.StringIO(), record=True)
     came = outcome()
