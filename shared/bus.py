@@ -25,7 +25,7 @@ from nats.aio.subscription import Subscription
 from shared import subjects
 from shared.errors import HTTP_STATUS, MoeError
 from shared.instrumentation import BUS_DROPPED
-from shared.nats_connection import Connection
+from shared.nats_connection import Connection, header_block
 
 log = structlog.get_logger()
 
@@ -226,14 +226,17 @@ class Bus:
             MoeError: `bus_unavailable` while disconnected, `payload_too_large` over the server's limit.
 
         """
-        if not self._client.is_connected:
-            raise MoeError("bus_unavailable", "the connection to NATS is down; try again in a moment")
-        if len(data) > self.max_payload:
-            raise MoeError("payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}")
+        self._check(data)
         try:
             await self._client.publish(subject, data, reply=reply, headers=headers)
         except (nats.errors.Error, OSError) as error:
             raise MoeError("bus_unavailable", f"NATS refused the message: {error}") from error
+
+    def _check(self, data: bytes) -> None:
+        if not self._client.is_connected:
+            raise MoeError("bus_unavailable", "the connection to NATS is down; try again in a moment")
+        if len(data) > self.max_payload:
+            raise MoeError("payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}")
 
     async def request(self, subject: str, data: bytes, *, timeout: float, headers: Headers | None = None) -> bytes:
         """Send one message and await its one reply.
@@ -253,7 +256,8 @@ class Bus:
     ) -> list[bytes | MoeError]:
         """Send messages, (subject, data) each, at once and await the one reply of each: its data, or how it failed.
 
-        One future and one timer for all of them.
+        One future and one timer for all of them. The subjects are the caller's own, from shared/subjects.py, and go to
+        the server unchecked.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         answers: dict[int, bytes | MoeError] = {}
@@ -264,21 +268,26 @@ class Bus:
                 done.set_result(None)
 
         tokens = []
+        head = header_block(headers)
         try:
             async with asyncio.timeout(timeout):
                 for number, (subject, data) in enumerate(requests):
                     token, reply = self._expect(functools.partial(take, number))
                     tokens.append(token)
                     try:
-                        await self.publish(subject, data, reply=reply, headers=headers)
+                        self._check(data)
+                        self._client.send(subject, reply, data, head)
                     except MoeError as error:
                         take(number, error)
+                await self._client.taken()
                 await done
         except TimeoutError:
             for number, (subject, _) in enumerate(requests):
                 if number not in answers:
                     text = f"no answer on {subject} within {timeout:.3g} s"
                     answers[number] = MoeError("deadline_exceeded", text)
+        except OSError as error:  # after TimeoutError, which is one
+            raise MoeError("bus_unavailable", f"NATS refused the message: {error}") from error
         finally:
             for token in tokens:
                 self._forget(token)
@@ -385,7 +394,7 @@ class Bus:
     def _refuse(self, message: Msg, error: MoeError) -> None:
         """Answer with an error from inside the read loop, which must not wait."""
         if message.reply and self._client.is_connected:
-            self._client.send(message.reply, "", b"", error_headers(error))
+            self._client.send(message.reply, "", b"", header_block(error_headers(error)))
 
     async def flush(self) -> None:
         """Return when everything sent so far has reached the server.

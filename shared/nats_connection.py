@@ -68,22 +68,25 @@ class Connection(Client):
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
-    def send(self, subject: str, reply: str, payload: bytes, headers: dict[str, str] | None) -> None:
+    def send(self, subject: str, reply: str, payload: bytes, head: bytes) -> None:
         """Write one message to the transport now; nats-py would wake a task to do it.
 
-        The payload goes to the socket as it is, without being copied into a longer one. The caller has checked that
-        there is a connection, and the message's size.
+        The payload goes to the socket as it is, without being copied into a longer one. The caller has checked the
+        connection, the subjects and the message's size; `head` is what `header_block` made.
         """
         to = f"{subject} {reply}" if reply else subject
-        if headers:
-            lines = "".join(f"{name}: {_one_line(value)}\r\n" for name, value in headers.items())
-            head = f"NATS/1.0\r\n{lines}\r\n".encode()
+        if head:
             command = b"HPUB %s %d %d\r\n%s" % (to.encode(), len(head), len(head) + len(payload), head)
         else:
             command = b"PUB %s %d\r\n" % (to.encode(), len(payload))
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += len(payload)
         self._write((command, payload, b"\r\n"))
+
+    async def taken(self) -> None:
+        """Wait while too much is still to be sent."""
+        if self._transport._io_writer.transport.get_write_buffer_size() > UNSENT_BYTES:  # noqa: SLF001
+            await self._transport.drain()
 
     async def _send_publish(
         self,
@@ -93,10 +96,8 @@ class Connection(Client):
         payload_size: int,  # noqa: ARG002 - the overridden method's
         headers: dict[str, Any] | None,
     ) -> None:
-        self.send(subject, reply, payload, headers)
-        writer = self._transport._io_writer  # noqa: SLF001
-        if writer.transport.get_write_buffer_size() > UNSENT_BYTES:
-            await self._transport.drain()
+        self.send(subject, reply, payload, header_block(headers))
+        await self.taken()
 
     def _write(self, pieces: tuple[bytes, ...] = ()) -> None:
         """Write what is pending, then `pieces`."""
@@ -129,6 +130,10 @@ class Connection(Client):
             writer.transport.abort()
 
 
-def _one_line(value: str) -> str:
-    """`value` without line breaks, which would begin another header."""
-    return value.strip().replace("\r", " ").replace("\n", " ")
+def header_block(headers: dict[str, str] | None) -> bytes:
+    """Headers as the server takes them; a line break in a value, which would begin another header, becomes a space."""
+    if not headers:
+        return b""
+    lines = (f"{name}: {value.strip()}" for name, value in headers.items())
+    text = "\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines).replace("\n", "\r\n")
+    return f"NATS/1.0\r\n{text}\r\n\r\n".encode()

@@ -41,8 +41,8 @@ def to_wire(tensor: torch.Tensor) -> wire.Tensor:
     return wire.Tensor(WIRE_DTYPE[tensor.dtype], tuple(tensor.shape), data)  # type: ignore[arg-type]
 
 
-def from_wire(value: wire.Tensor, name: str, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> torch.Tensor:
-    """The tensor in a message, sharing its memory: read it, do not write to it.
+def check(value: wire.Tensor, name: str, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> None:
+    """See that a tensor in a message is what it should be.
 
     Raises:
         BadMessageError: a shape other than `shape` (None: any size) or a dtype not among `dtypes`.
@@ -55,9 +55,19 @@ def from_wire(value: wire.Tensor, name: str, shape: tuple[int | None, ...], dtyp
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise BadMessageError(f"{name}: shape {list(value.shape)} is not [{wanted}]")
+
+
+def from_wire(value: wire.Tensor, name: str, shape: tuple[int | None, ...], dtypes: tuple[str, ...]) -> torch.Tensor:
+    """A copy of the tensor in a message.
+
+    Raises:
+        BadMessageError: a shape other than `shape` (None: any size) or a dtype not among `dtypes`.
+
+    """
+    check(value, name, shape, dtypes)
     if not value.data.nbytes:
         return torch.empty(value.shape, dtype=TORCH_DTYPE[value.dtype])
-    # A writable copy only where torch would warn: from_buffer on read-only memory is safe as nobody writes to it.
+    # A copy, as torch warns of memory that may only be read, and what it lies in would be kept as long.
     return torch.frombuffer(bytearray(value.data), dtype=TORCH_DTYPE[value.dtype]).reshape(value.shape)
 
 

@@ -52,7 +52,7 @@ class Tensor(msgspec.Struct, array_like=True, frozen=True):
     @classmethod
     def from_numpy(cls, array: npt.NDArray[np.generic]) -> Self:
         array = np.asarray(array, order="C")  # ascontiguousarray makes one dimension of none
-        return cls(str(array.dtype), array.shape, memoryview(array).cast("B") if array.size else memoryview(b""))  # type: ignore[arg-type]
+        return cls(array.dtype.name, array.shape, memoryview(array).cast("B") if array.size else memoryview(b""))  # type: ignore[arg-type]
 
     def to_numpy(self) -> npt.NDArray[np.generic]:
         """A read-only view of the message's bytes; bfloat16, which numpy lacks, is refused."""
