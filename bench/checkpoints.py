@@ -1,8 +1,8 @@
 """Random checkpoints in the shapes that are measured: `python -m bench.checkpoints olmoe FOLDER`.
 
 olmoe: OLMoE-1B-7B's shape (arXiv 2409.02060) with 4 of its 16 layers, 3.6 GB; mixtral: 0.7 GB; tiny: overhead only;
-dispatch: one layer for bench.dispatch.
-All bfloat16. Weights are random, so the texts are noise; speed does not depend on what the numbers are.
+dispatch: one layer for bench.dispatch; layer: one MoE layer, 0.2 GB, in float32. The others are bfloat16. Weights are
+random, so the texts are noise; speed does not depend on what the numbers are.
 """
 
 from __future__ import annotations
@@ -83,7 +83,22 @@ SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
             "vocab_size": 4096,
         },
     ),
+    "layer": (
+        _mixtral,
+        {
+            "hidden_size": 768,
+            "intermediate_size": 2048,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 1,
+            "vocab_size": 4096,
+        },
+    ),
 }
+DTYPES = {"layer": torch.float32}
+"""Of those that are not bfloat16."""
 
 
 def write(name: str, folder: Path) -> Path:
@@ -92,7 +107,7 @@ def write(name: str, folder: Path) -> Path:
         return folder
     make, shape = SHAPES[name]
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPES.get(name, torch.bfloat16))
     try:
         model = make(**shape)
     finally:
