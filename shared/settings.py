@@ -70,6 +70,12 @@ class GatewaySettings(ServiceSettings):
     api_auth_token: str | None = Field(None, min_length=8, description="bearer token that clients must send")
     max_concurrent_requests: int = Field(64, ge=1, le=65536, description="generations in flight; more wait in line")
     max_queued_requests: int = Field(1024, ge=0, le=1_000_000, description="generations in line; more get HTTP 429")
+    forward_batch_rows: int = Field(
+        256, ge=1, le=65536, description="rows of small /v1/moe/forward requests that travel together"
+    )
+    forward_wait_ms: float = Field(
+        20, ge=0, le=10_000, description="longest wait of such a request for others, while earlier ones are under way"
+    )
     max_body_mb: int = Field(32, ge=1, le=1024, description="largest HTTP body")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
     redis_url: str | None = Field(None, description="the Redis that keeps answers (default: none are kept)")

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
+from starlette.types import ASGIApp
 
 from services.gateway import chat, completions, failures, moe, operations
 from services.gateway.context import Context
@@ -32,11 +33,17 @@ BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-def build_app(context: Context) -> FastAPI:
-    """The application of one gateway."""
+def build_app(context: Context) -> ASGIApp:
+    """The application of one gateway, behind its gatekeeper."""
     app = FastAPI(title="OpenMoE", version=VERSION)
-    for module in (completions, chat, moe, operations):
-        app.include_router(module.routes(context))
+    forward = moe.forward_endpoint(context)
+    for router in (
+        completions.routes(context),
+        chat.routes(context),
+        moe.routes(context, forward),
+        operations.routes(context),
+    ):
+        app.include_router(router)
     failures.install(app)
 
     def openapi() -> dict[str, Any]:
@@ -55,8 +62,8 @@ def build_app(context: Context) -> FastAPI:
 
     app.openapi = openapi  # type: ignore[method-assign]
     endpoints = frozenset({*BODIES, *schema_paths(app)})
-    app.add_middleware(Gatekeeper, context=context, endpoints=endpoints)
-    return app
+    # Around the application, not a middleware of it: those lie within layers of its own that a request need not pass.
+    return Gatekeeper(app, context, endpoints, direct={("POST", "/v1/moe/forward"): forward})
 
 
 def schema_paths(app: FastAPI) -> set[str]:

@@ -17,6 +17,7 @@ from pydantic_core import from_json
 
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
+from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations, Piece
 from services.gateway.openai_types import GenerationParameters
 from services.gateway.text import TextTokenizer
@@ -47,6 +48,7 @@ class Context:
     observations: Observations
     answers: Answers
     generator: Generator
+    forwards: Forwards
     started: float = field(default_factory=time.time)
     draining: bool = False
     open_requests: int = 0
@@ -209,7 +211,16 @@ async def parse(request: Request, kind: type[B]) -> B:
         MoeError: `invalid_request`, naming the parameter and what is wrong with it.
 
     """
-    body = await request.body()
+    return parse_json(await request.body(), kind)
+
+
+def parse_json(body: bytes, kind: type[B]) -> B:
+    """`body` as a `kind`.
+
+    Raises:
+        MoeError: `invalid_request`, naming the parameter and what is wrong with it.
+
+    """
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
+from urllib.parse import parse_qs
 
 import msgspec
 import numpy as np
@@ -11,19 +14,19 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from services.gateway.context import Context, parse
+from services.gateway.context import Context, parse, parse_json
+from services.gateway.forwards import Answer
 from services.gateway.openai_types import ForwardBody, RouteBody
 from services.gateway.sse import while_connected
-from services.router.messages import ForwardReply, ForwardRequest, GenerateRequest
-from shared import subjects, wire
-from shared.bus import BUDGET_MS, REQUEST_ID, NoRespondersError
+from services.router.messages import GenerateRequest
+from shared import wire
 from shared.errors import BadMessageError, MoeError
-from shared.logs import request_id
 
 MSGPACK = "application/msgpack"
 RAW = "application/octet-stream"
-OVERHEAD_BYTES = 4096
+JSON = "application/json"
 Array = npt.NDArray[np.generic]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class PackedForward(msgspec.Struct):
@@ -34,30 +37,48 @@ class PackedForward(msgspec.Struct):
     model: str | None = None
 
 
-async def _read(request: Request, context: Context) -> tuple[int, Array, str]:
-    """(layer, hidden states [T, H], the answer's media type) of a request in one of the three forms."""
-    kind = request.headers.get("content-type", "").split(";")[0].strip()
+_packed = msgspec.msgpack.Decoder(PackedForward)
+
+
+@functools.lru_cache(maxsize=256)
+def _layer(query: bytes) -> int:
+    """The layer's number in a query string.
+
+    Raises:
+        MoeError: `invalid_request`.
+
+    """
+    layer = parse_qs(query.decode("latin-1")).get("layer", [""])[-1]
+    if not (layer.isascii() and layer.isdigit() and len(layer) < 10):
+        raise MoeError("invalid_request", "raw bodies need the layer's number as ?layer=N", param="layer")
+    return int(layer)
+
+
+def _read(context: Context, kind: str, query: bytes, body: bytes) -> tuple[int, Array, str]:
+    """(layer, hidden states [T, H], the answer's media type) of a body in one of the three forms.
+
+    Raises:
+        MoeError: `invalid_request` or `model_not_found`.
+
+    """
     if kind == RAW:
-        body = await request.body()
-        layer = request.query_params.get("layer", "")
-        if not (layer.isascii() and layer.isdigit() and len(layer) < 10):
-            raise MoeError("invalid_request", "raw bodies need the layer's number as ?layer=N", param="layer")
+        layer = _layer(query)
         row = 4 * context.config.hidden_size
         if len(body) % row:
             text = f"a raw body must be rows of {context.config.hidden_size} float32, {row} bytes each; got {len(body)}"
             raise MoeError("invalid_request", text, param="hidden_states")
-        return int(layer), np.frombuffer(body, dtype="<f4").reshape(-1, context.config.hidden_size), RAW
+        return layer, np.frombuffer(body, dtype="<f4").reshape(-1, context.config.hidden_size), RAW
     if kind in (MSGPACK, "application/x-msgpack"):
         try:
-            packed = msgspec.msgpack.decode(await request.body(), type=PackedForward)
+            packed = _packed.decode(body)
             context.check_model(packed.model)
             return packed.layer, packed.hidden_states.to_numpy(), MSGPACK
         except (msgspec.MsgspecError, ValueError, RecursionError, BadMessageError) as error:
             raise MoeError("invalid_request", f"the body is not valid msgpack: {error}") from None
-    body_json = await parse(request, ForwardBody)
+    body_json = parse_json(body, ForwardBody)
     context.check_model(body_json.model)
     try:
-        return body_json.layer, np.array(body_json.hidden_states, dtype=np.float32), "application/json"
+        return body_json.layer, np.array(body_json.hidden_states, dtype=np.float32), JSON
     except ValueError:
         raise MoeError("invalid_request", "hidden_states: rows differ in length", param="hidden_states") from None
 
@@ -78,46 +99,38 @@ def _check(context: Context, layer: int, hidden: Array) -> Array:
     return hidden
 
 
-def routes(context: Context) -> APIRouter:
-    """The endpoints, bound to their context."""
-    router = APIRouter(tags=["moe"])
+def _write(kind: str, layer: int, answer: Answer) -> Response:
+    if kind == RAW:
+        return Response(answer[0].tobytes(), media_type=RAW)
+    parts = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), answer, strict=True))
+    if kind == MSGPACK:
+        tensors = {name: wire.Tensor.from_numpy(part) for name, part in parts.items()}
+        return Response(msgspec.msgpack.encode({"v": 1, "layer": layer, **tensors}), media_type=MSGPACK)
+    arrays = {name: part.tolist() for name, part in parts.items()}
+    return Response(msgspec.json.encode({"layer": layer, **arrays}), media_type=JSON)
 
-    async def ask(layer: int, hidden: Array) -> ForwardReply:
-        message = ForwardRequest(layer=layer, hidden_states=wire.Tensor.from_numpy(hidden))
-        seconds = context.settings.timeout_seconds
-        headers = {REQUEST_ID: request_id.get(), BUDGET_MS: f"{seconds * 1000:.0f}"}
-        subject = subjects.forward(context.deployment)
-        try:
-            reply = await context.bus.request(subject, wire.encode(message), timeout=seconds, headers=headers)
-        except NoRespondersError:
-            raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
-        return wire.decode(ForwardReply, reply)
 
-    async def forward_rows(layer: int, hidden: Array) -> list[Array]:
-        """The layer's output, expert indices and weights; rows are split where the bus' limit asks for it."""
-        top_k = context.config.num_experts_per_tok
-        row_bytes = 4 * hidden.shape[1] + 12 * top_k
-        rows = max(1, (context.bus.max_payload - OVERHEAD_BYTES) // row_bytes)
-        parts = [await ask(layer, hidden[start : start + rows]) for start in range(0, hidden.shape[0], rows)]
-        return [
-            np.concatenate([getattr(part, name).to_numpy() for part in parts])
-            for name in ("hidden_states", "top_k_index", "top_k_weights")
-        ]
+def forward_endpoint(context: Context) -> Endpoint:
+    """POST /v1/moe/forward, bound to its context."""
+    forwards = context.forwards
 
-    @router.post("/v1/moe/forward")
     async def forward(request: Request) -> Response:
         """Send hidden states through one MoE layer: JSON, msgpack, or raw float32 with ?layer=N."""
-        layer, hidden, kind = await _read(request, context)
+        kind = request.headers.get("content-type", "").split(";")[0].strip()
+        layer, hidden, kind = _read(context, kind, request.scope["query_string"], await request.body())
         hidden = _check(context, layer, hidden)
-        out, index, weights = await while_connected(request, forward_rows(layer, hidden))
-        if kind == RAW:
-            return Response(out.tobytes(), media_type=RAW)
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        if kind == MSGPACK:
-            tensors = {n: wire.Tensor.from_numpy(a) for n, a in zip(names, (out, index, weights), strict=True)}
-            return Response(msgspec.msgpack.encode({"v": 1, "layer": layer, **tensors}), media_type=MSGPACK)
-        arrays = {n: a.tolist() for n, a in zip(names, (out, index, weights), strict=True)}
-        return Response(msgspec.json.encode({"layer": layer, **arrays}), media_type="application/json")
+        if forwards.is_small(hidden):
+            # Who leaves meanwhile is not looked for: the rows are on their way with those of others.
+            return _write(kind, layer, await forwards.small(layer, hidden))
+        return _write(kind, layer, await while_connected(request, forwards.large(layer, hidden)))
+
+    return forward
+
+
+def routes(context: Context, forward: Endpoint) -> APIRouter:
+    """The endpoints, bound to their context."""
+    router = APIRouter(tags=["moe"])
+    router.add_api_route("/v1/moe/forward", forward, methods=["POST"])
 
     async def route_tokens(ids: list[int]) -> Array:
         wanted = GenerateRequest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 
 import msgspec
@@ -14,6 +15,7 @@ from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.app import build_app
 from services.gateway.context import Context
+from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
 from services.gateway.operations import health
 from services.gateway.text import TextTokenizer
@@ -24,6 +26,9 @@ from shared.settings import GatewaySettings
 from shared.status import Fleet, Status, StatusReporter
 
 log = structlog.get_logger()
+
+GC_THRESHOLDS = (10_000, 20, 50)
+"""Python's default collects after 700 new objects, in the middle of every burst of requests."""
 
 
 def listen(settings: GatewaySettings) -> socket.socket:
@@ -92,6 +97,8 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         generator = Generator(
             service.bus, deployment, tokenizer, admission, observations, answers, settings.timeout_seconds
         )
+        forwards = Forwards(service.bus, deployment, checkpoint.config, settings)
+        stack.push_async_callback(forwards.close)
         context = Context(
             settings,
             checkpoint.config,
@@ -104,6 +111,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             observations,
             answers,
             generator,
+            forwards,
         )
         config = uvicorn.Config(
             build_app(context),
@@ -112,12 +120,17 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             lifespan="off",
             access_log=False,
             log_config=None,
+            proxy_headers=False,  # nothing here asks who the client is
             timeout_graceful_shutdown=max(1, int(settings.grace_seconds)),
         )
         server = uvicorn.Server(config)
         # Signals belong to the process, which sets `shutdown`; uvicorn must leave them alone.
         server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         task = asyncio.create_task(server._serve([listener]), name="http")  # noqa: SLF001 - serve() takes over signals
+        # What was built by now stays: the collector need not walk it again and again while requests make garbage.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         log.info("gateway.ready", url=f"http://{address}", instance=instance, deployment=deployment)
         reporter.touch()
         stop = asyncio.create_task(shutdown.wait(), name="shutdown")

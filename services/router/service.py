@@ -25,7 +25,7 @@ from services.router.messages import (
     GenerateChunk,
     GenerateRequest,
 )
-from services.router.model import DenseModel
+from services.router.model import DenseModel, Routing
 from services.router.scheduler import Scheduler
 from services.router.sequence import Sequence
 from shared import subjects, wire
@@ -291,11 +291,9 @@ class Router:
             raise MoeError("invalid_request", f"layer {request.layer} is not one of the MoE layers", param="layer")
         headers = message.headers or {}
         request_id.set(safe_request_id(headers.get(REQUEST_ID, "")))
-        hidden = await self._compute(self._forward_input, request)
-        raise_if_expired(deadline.get())
         assert self._model is not None  # noqa: S101 - subscribed only after the model is there
         assert self._experts is not None  # noqa: S101
-        routing = await self._compute(self._model.gate, request.layer, hidden)
+        routing = await self._compute(self._forward_input, self._model, request, deadline.get())
         out = await moe_layer(self._model, self._experts, self._compute, request.layer, routing)
         reply = ForwardReply(
             hidden_states=to_wire(out.float()),
@@ -304,13 +302,15 @@ class Router:
         )
         await self._bus.reply(message, wire.encode(reply))
 
-    def _forward_input(self, request: ForwardRequest) -> torch.Tensor:
+    def _forward_input(self, model: DenseModel, request: ForwardRequest, expires: float | None) -> Routing:
+        """In the compute thread, behind a step of the engine perhaps: check the rows and choose their experts."""
+        raise_if_expired(expires)
         hidden = from_wire(request.hidden_states, "hidden_states", (None, self._config.hidden_size), FLOATS)
         if not hidden.shape[0]:
             raise MoeError("invalid_request", "hidden_states has no rows", param="hidden_states")
         if not torch.isfinite(hidden).all():
             raise MoeError("invalid_request", "hidden_states has NaN or infinite values", param="hidden_states")
-        return hidden.to(self._device, self._dtype)
+        return model.gate(request.layer, hidden.to(self._device, self._dtype))
 
     async def _deliver(self, sequence: Sequence, chunk: GenerateChunk | MoeError) -> None:
         """The engine's sink: publish one chunk, or the error that ends the generation."""

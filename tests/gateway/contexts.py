@@ -7,6 +7,7 @@ from typing import Any
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.context import Context
+from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
 from services.gateway.text import TextTokenizer
 from shared.bus import Bus
@@ -37,4 +38,5 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
         observations,
         answers,
         generator,
+        Forwards(bus, deployment, checkpoint.config, settings),
     )

@@ -1,0 +1,185 @@
+"""Hidden states through one MoE layer, asked of a router: small requests gathered into one message, large ones cut."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from services.gateway.gathering import Gathering, Member
+from services.router.messages import ForwardReply, ForwardRequest
+from shared import subjects, wire
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus, NoRespondersError
+from shared.checkpoint import ModelConfig
+from shared.errors import MoeError
+from shared.logs import request_id
+from shared.settings import GatewaySettings
+
+log = structlog.get_logger()
+
+OVERHEAD_BYTES = 4096
+Array = npt.NDArray[np.generic]
+Answer = tuple[Array, Array, Array]
+"""The layer's output [T, H] float32, each row's experts [T, k] int64, and their weights [T, k] float32."""
+
+
+class Waiting:
+    """One request's rows, and where its answer goes."""
+
+    __slots__ = ("answer", "hidden", "request_id")
+
+    def __init__(self, hidden: Array, answer: asyncio.Future[Answer]) -> None:
+        self.hidden = hidden
+        self.answer = answer
+        self.request_id = request_id.get()
+
+
+class Forwards:
+    """Asks routers for forward passes."""
+
+    def __init__(self, bus: Bus, deployment: str, config: ModelConfig, settings: GatewaySettings) -> None:
+        self._bus = bus
+        self._subject = subjects.forward(deployment)
+        self._config = config
+        self._seconds = settings.timeout_seconds
+        self._batch_rows = settings.forward_batch_rows
+        self._wait_seconds = settings.forward_wait_ms / 1000
+        self._limit = settings.max_concurrent_requests + settings.max_queued_requests
+        self._outstanding = 0
+        self._lines: dict[int, Gathering[Waiting]] = {}
+        self._due: set[int] = set()
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._flights: set[asyncio.Task[None]] = set()
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that one message may carry, by the bus' limit."""
+        row_bytes = 4 * self._config.hidden_size + 12 * self._config.num_experts_per_tok
+        return max(1, (self._bus.max_payload - OVERHEAD_BYTES) // row_bytes)
+
+    def is_small(self, hidden: Array) -> bool:
+        """Whether `hidden` [T, H] may travel with others."""
+        return len(hidden) < min(self._batch_rows, self.max_rows)
+
+    async def large(self, layer: int, hidden: Array) -> Answer:
+        """The answer for `hidden` [T, H] float32, by itself, in as many messages as the bus' limit asks for.
+
+        Raises:
+            MoeError: no router, no answer in time, or what the router says.
+
+        """
+        deadline = time.monotonic() + self._seconds
+        rows = self.max_rows
+        name = request_id.get()
+        parts = [
+            await self._ask(layer, hidden[start : start + rows], deadline, name)
+            for start in range(0, hidden.shape[0], rows)
+        ]
+        log.info("forward.answered", id=name, layer=layer, rows=len(hidden), messages=len(parts))
+        out, index, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
+        return out, index, weights
+
+    async def small(self, layer: int, hidden: Array) -> Answer:
+        """The answer for `hidden` [T, H] float32, which may travel with other requests' rows.
+
+        Raises:
+            MoeError: too many wait, no router, no answer in time, or what the router says.
+
+        """
+        if self._outstanding >= self._limit:
+            raise MoeError("overloaded", f"{self._outstanding} forward requests are waiting; try again in a moment")
+        line = self._lines.get(layer)
+        if line is None:
+            line = self._lines[layer] = Gathering(min(self._batch_rows, self.max_rows), self._wait_seconds)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        member = Member(hidden.shape[0], time.monotonic(), Waiting(hidden, answer))
+        line.join(member)
+        self._outstanding += 1
+        self._soon(layer)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            line.leave(member)
+            raise
+        finally:
+            self._outstanding -= 1
+
+    def _soon(self, layer: int) -> None:
+        """Send what is due once everything that has arrived by now has joined."""
+        if layer not in self._due:
+            self._due.add(layer)
+            asyncio.get_running_loop().call_soon(self._send_due, layer)
+
+    def _send_due(self, layer: int) -> None:
+        self._due.discard(layer)
+        line, now = self._lines[layer], time.monotonic()
+        again = line.look(now)
+        while batch := line.take(now):
+            task = asyncio.create_task(self._fly(layer, line, batch), name=f"forward:{layer}")
+            self._flights.add(task)
+            task.add_done_callback(self._flights.discard)
+            again = line.look(now)
+        timer = self._timers.pop(layer, None)
+        if timer is not None:
+            timer.cancel()
+        if again is not None:
+            delay = max(0.0, again - now)
+            self._timers[layer] = asyncio.get_running_loop().call_later(delay, self._send_due, layer)
+
+    async def _fly(self, layer: int, line: Gathering[Waiting], batch: list[Member[Waiting]]) -> None:
+        """Ask for `batch` and hand out its answer, or to each the error."""
+        waiting = [member.payload for member in batch]
+        try:
+            if len(batch) == 1:
+                hidden, name = waiting[0].hidden, waiting[0].request_id
+            else:
+                hidden, name = np.concatenate([each.hidden for each in waiting]), f"forward-{uuid.uuid4().hex}"
+            answer = await self._ask(layer, hidden, batch[0].since + self._seconds, name)
+            ids = ",".join([each.request_id for each in waiting])
+            log.info("forward.answered", id=name, layer=layer, rows=len(hidden), messages=1, request_id=ids)
+            start = 0
+            for member in batch:
+                end = start + member.rows
+                if not member.payload.answer.done():
+                    member.payload.answer.set_result((answer[0][start:end], answer[1][start:end], answer[2][start:end]))
+                start = end
+        except Exception as error:  # whatever it is, nobody may be left waiting
+            if not isinstance(error, MoeError):
+                log.exception("forward.failed")
+                error = MoeError("internal_error", "internal error; see the gateway's log")
+            for each in waiting:
+                if not each.answer.done():
+                    each.answer.set_exception(MoeError(error.code, error.message, param=error.param))
+        finally:
+            for each in waiting:
+                each.answer.cancel()  # only where the gateway closes; else all are done
+            line.came_back(batch, time.monotonic())
+            self._soon(layer)
+
+    async def _ask(self, layer: int, hidden: Array, deadline: float, name: str) -> Answer:
+        """One message and its reply."""
+        left = deadline - time.monotonic()
+        message = ForwardRequest(layer=layer, hidden_states=wire.Tensor.from_numpy(hidden))
+        headers = {REQUEST_ID: name, BUDGET_MS: f"{left * 1000:.0f}"}
+        try:
+            data = await self._bus.request(self._subject, wire.encode(message), timeout=left, headers=headers)
+        except NoRespondersError:
+            raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
+        reply = wire.decode(ForwardReply, data)
+        answer = (reply.hidden_states.to_numpy(), reply.top_k_index.to_numpy(), reply.top_k_weights.to_numpy())
+        if any(part.shape[:1] != hidden.shape[:1] for part in answer):
+            raise MoeError("internal_error", "the router's answer has another number of rows than the request")
+        return answer
+
+    async def close(self) -> None:
+        """End what is under way; to be called when no request is open."""
+        for timer in self._timers.values():
+            timer.cancel()
+        flights = list(self._flights)
+        for task in flights:
+            task.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
