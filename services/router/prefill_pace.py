@@ -7,7 +7,7 @@ How long those take depends on the model and the machine, so here the number fol
 from __future__ import annotations
 
 STRETCH = 2.0
-"""A step with prompt tokens may take so many times as long as one without."""
+"""A step with prompt tokens may take so many times as long as one without, where most sequences decode."""
 LEAST_TOKENS = 16
 WEIGHT = 0.2
 """Of a new observation in the running means."""
@@ -23,11 +23,14 @@ class PrefillPace:
         self._token_seconds: float | None = None
         """What a prompt token adds to a step."""
 
-    def budget(self, *, decoding: bool) -> int:
-        """Prompt tokens for the next step; nobody is held up by it unless somebody is `decoding`."""
+    def budget(self, *, decoding: int, prefilling: int) -> int:
+        """Prompt tokens for the next step of so many sequences.
+
+        Where more wait for their prompt than decode, as at the start of a burst, the few give way to the many.
+        """
         if not decoding or self._decode_seconds is None or self._token_seconds is None:
             return self._most
-        tokens = (STRETCH - 1) * self._decode_seconds / self._token_seconds
+        tokens = (STRETCH - 1) * self._decode_seconds / self._token_seconds * max(1.0, prefilling / decoding)
         return int(min(self._most, max(min(LEAST_TOKENS, self._most), tokens)))
 
     def observe(self, decode_tokens: int, prompt_tokens: int, seconds: float) -> None:

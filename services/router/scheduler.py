@@ -73,7 +73,7 @@ class Scheduler:
         decoding = sorted((s for s in self.running if s.pending == 1), key=lambda s: s.arrival)
         prefilling = sorted((s for s in self.running if s.pending > 1), key=lambda s: s.arrival)
         work = [Work(s, s.computed, 1) for s in decoding if s in self.running and self._grow(s, s.length)]
-        budget = self.pace.budget(decoding=bool(work))
+        budget = self.pace.budget(decoding=len(work), prefilling=len(prefilling))
         shares = _share([s.pending for s in prefilling], budget)
         for sequence, share in zip(prefilling, shares, strict=True):
             if share and sequence in self.running:

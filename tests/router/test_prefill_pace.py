@@ -19,35 +19,42 @@ def paced(decode_seconds: float, token_seconds: float, most: int = 256) -> Prefi
 
 
 def test_with_nobody_to_hold_up_a_prompt_gets_all() -> None:
-    assert PrefillPace(256).budget(decoding=False) == 256
-    assert paced(0.01, 1.0).budget(decoding=False) == 256
+    assert PrefillPace(256).budget(decoding=0, prefilling=3) == 256
+    assert paced(0.01, 1.0).budget(decoding=0, prefilling=3) == 256
 
 
 def test_before_anything_is_known_a_prompt_gets_all() -> None:
-    assert PrefillPace(256).budget(decoding=True) == 256
+    assert PrefillPace(256).budget(decoding=15, prefilling=1) == 256
 
 
 @pytest.mark.parametrize(("decode_seconds", "token_seconds"), [(0.1, 0.002), (0.02, 0.0002)])
 def test_a_step_with_prompt_tokens_takes_no_longer_than_the_stretch(
     decode_seconds: float, token_seconds: float
 ) -> None:
-    tokens = paced(decode_seconds, token_seconds).budget(decoding=True)
+    tokens = paced(decode_seconds, token_seconds).budget(decoding=15, prefilling=1)
     step = decode_seconds + tokens * token_seconds
     assert step <= STRETCH * decode_seconds + token_seconds
     assert step >= STRETCH * decode_seconds - 2 * token_seconds
 
 
+def test_where_more_wait_than_decode_the_few_give_way() -> None:
+    pace = paced(0.1, 0.004)
+    assert pace.budget(decoding=8, prefilling=8) == pace.budget(decoding=15, prefilling=1) == 25
+    assert pace.budget(decoding=2, prefilling=14) == 175
+    assert pace.budget(decoding=1, prefilling=15) == 256
+
+
 def test_a_prompt_always_goes_on() -> None:
-    assert paced(0.001, 1.0).budget(decoding=True) == LEAST_TOKENS
-    assert paced(0.001, 1.0, most=4).budget(decoding=True) == 4
+    assert paced(0.001, 1.0).budget(decoding=15, prefilling=1) == LEAST_TOKENS
+    assert paced(0.001, 1.0, most=4).budget(decoding=15, prefilling=1) == 4
 
 
 def test_it_follows_a_machine_that_becomes_slower() -> None:
     pace = paced(0.1, 0.001)
-    before = pace.budget(decoding=True)
+    before = pace.budget(decoding=15, prefilling=1)
     for _ in range(50):
         pace.observe(16, 32, 0.1 + 32 * 0.004)
-    assert pace.budget(decoding=True) < before / 2
+    assert pace.budget(decoding=15, prefilling=1) < before / 2
 
 
 @given(
@@ -57,4 +64,4 @@ def test_whatever_steps_took_the_budget_keeps_its_bounds(steps: list[tuple[int, 
     pace = PrefillPace(most)
     for decode_tokens, prompt_tokens, seconds in steps:
         pace.observe(decode_tokens, prompt_tokens, seconds)
-        assert min(LEAST_TOKENS, most) <= pace.budget(decoding=True) <= most
+        assert min(LEAST_TOKENS, most) <= pace.budget(decoding=15, prefilling=1) <= most
