@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -53,7 +54,27 @@ class Compute:
 
 def set_threads(settings: ComputeSettings) -> None:
     """Torch's threads of this process: as set, or half of the cores it may use, as its neighbours compute too."""
-    torch.set_num_threads(settings.torch_threads or max(1, len(os.sched_getaffinity(0)) // 2))
+    global _most_threads  # noqa: PLW0603 - as torch's own number is: one for the process
+    cores = len(os.sched_getaffinity(0))
+    _most_threads = settings.torch_threads or cores
+    torch.set_num_threads(settings.torch_threads or max(1, cores // 2))
+
+
+_most_threads = 1
+
+
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """For a large product while the neighbours wait for this process: TORCH_THREADS, or all cores.
+
+    Small ones lose more by waking the other threads than these save. Switching takes a tenth of a microsecond.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, _most_threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

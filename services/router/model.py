@@ -14,12 +14,15 @@ from services.router.kv_cache import KVCache
 from services.router.rope import RotaryEmbedding, rotate
 from shared.checkpoint import Checkpoint, ModelConfig
 from shared.checkpoint.names import PREFIX, moe_prefix
+from shared.compute import all_threads
 from shared.experts import ACTIVATION
 from shared.linear import Linear
 from shared.tensors import TensorReader
 
 Weights = dict[str, torch.Tensor]
 GATE_PROJ = "gate_proj.weight"
+LARGE_ELEMENTS = 4_000_000
+"""From so many weights on a product is worth all threads."""
 
 
 @dataclass(frozen=True)
@@ -215,4 +218,8 @@ class DenseModel:
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] of the rows [R] of `hidden` [T, H]."""
-        return self._lm_head(self._norm(hidden[rows], "model.norm.weight")).float()
+        normed = self._norm(hidden[rows], "model.norm.weight")
+        if self.config.vocab_size * self.config.hidden_size < LARGE_ELEMENTS:
+            return self._lm_head(normed).float()
+        with all_threads():  # the layers are done, so no worker computes for this router now
+            return self._lm_head(normed).float()
