@@ -74,7 +74,7 @@ class GatewaySettings(ServiceSettings):
         256, ge=1, le=65536, description="rows of small /v1/moe/forward requests that travel together"
     )
     forward_wait_ms: float = Field(
-        20, ge=0, le=10_000, description="longest wait of such a request for others, while earlier ones are under way"
+        100, ge=0, le=10_000, description="longest wait of such a request for others, while earlier ones are under way"
     )
     max_body_mb: int = Field(32, ge=1, le=1024, description="largest HTTP body")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")

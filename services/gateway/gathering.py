@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-QUIET_SECONDS = 0.001
+QUIET_SECONDS = 0.002
 """So long without an arrival, and those who were just answered are taken not to come back at once."""
 
 

@@ -81,13 +81,13 @@ def test_as_many_rows_as_before_are_waited_for_while_requests_come() -> None:
     gathering.came_back(first, 0.010)
     join(gathering, "a", since=0.0101)
     assert gathering.take(0.0101) == []
-    again = gathering.look(0.0101)
-    assert again is not None
-    join(gathering, "b", since=0.0105)
-    assert gathering.look(0.0112) is not None, "one came since the last look"
-    assert gathering.take(0.0112) == []
-    join(gathering, "c", since=0.0113)
-    assert names(gathering.take(0.0113)) == "abc"
+    assert gathering.look(0.0101) == 0.010 + QUIET_SECONDS
+    looked = 0.010 + 1.5 * QUIET_SECONDS
+    assert gathering.look(looked) == looked + QUIET_SECONDS, "one came since the last look"
+    assert gathering.take(looked) == []
+    join(gathering, "b", since=looked)
+    join(gathering, "c", since=looked)
+    assert names(gathering.take(looked)) == "abc"
 
 
 def test_when_nobody_comes_back_those_who_wait_leave() -> None:
@@ -107,9 +107,9 @@ def test_a_late_look_does_not_end_the_wait() -> None:
     for name in "ab":
         join(gathering, name)
     gathering.came_back(gathering.take(0.0), 0.010)
-    assert gathering.look(0.015) == 0.015 + QUIET_SECONDS, "the caller was busy: requests may lie unread"
-    join(gathering, "a", since=0.0155)
-    assert gathering.take(0.0155) == []
+    assert gathering.look(0.018) == 0.018 + QUIET_SECONDS, "the caller was busy: requests may lie unread"
+    join(gathering, "a", since=0.0185)
+    assert gathering.take(0.0185) == []
 
 
 def test_who_leaves_is_not_sent() -> None:
