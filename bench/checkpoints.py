@@ -21,13 +21,13 @@ COMMON: dict[str, Any] = {"max_position_embeddings": 4096, "eos_token_id": 1, "p
 def _olmoe(**shape: Any) -> Any:
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    return OlmoeForCausalLM(OlmoeConfig(**COMMON, **shape))
+    return OlmoeForCausalLM(OlmoeConfig(**{**COMMON, **shape}))
 
 
 def _mixtral(**shape: Any) -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    return MixtralForCausalLM(MixtralConfig(**COMMON, sliding_window=None, **shape))
+    return MixtralForCausalLM(MixtralConfig(**{**COMMON, "sliding_window": None, **shape}))
 
 
 SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
@@ -101,11 +101,19 @@ DTYPES = {"layer": torch.float32}
 """Of those that are not bfloat16."""
 
 
-def write(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` of SHAPES to `folder`, unless it is there."""
+def write(name: str, folder: Path, **sizes: int) -> Path:
+    """Write the checkpoint `name` of SHAPES to `folder`, unless one is there.
+
+    Args:
+        name: of SHAPES.
+        folder: where to.
+        sizes: fields of the config that differ from those of SHAPES, such as num_experts=128.
+
+    """
     if (folder / "config.json").exists():
         return folder
     make, shape = SHAPES[name]
+    shape = {**shape, **sizes}
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPES.get(name, torch.bfloat16))
     try:

@@ -11,13 +11,21 @@ from services.benchmark_plots import Axis, Line, Point, plot
 Report = dict[str, Any]
 RowData = dict[str, Any]
 KINDS = (("time_to_first_token", "time to first token"), ("latency", "end-to-end latency"))
-STYLE = """
+PALETTE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #667; --rule: #d9dde3; --bad: #b3261e;
   --c0: #1f6fb4; --c1: #d1591c; --c2: #23855a; --c3: #8a4fbf; --c4: #b8860b; --c5: #c2387f; --c6: #3a8f9e;
   --c7: #6b7280; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e8eb; --faint: #9aa3ad; --rule: #30363d;
   --bad: #ff8a80; --c0: #6cb2f2; --c1: #ff9e64; --c2: #63cf9d; --c3: #c39bf0; --c4: #e5c158; --c5: #f58ac0;
   --c6: #6fd0df; --c7: #a8b0ba; } }
+"""
+MARKS = """
+.grid { stroke: var(--rule); } path.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+""" + "".join(
+    f".line.c{n} {{ stroke: var(--c{n}); }} .c{n} {{ fill: var(--c{n}); background: var(--c{n}); }}\n" for n in range(8)
+)
+"""Of the lines and dots that services/benchmark_plots.py draws."""
+PAGE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1360px; padding: 24px 16px 64px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
@@ -32,12 +40,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 20px; margi
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); gap: 24px; }
 figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
-.grid { stroke: var(--rule); } path.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; }
 .legend span { display: inline-flex; align-items: center; gap: 6px; } .legend i { width: 14px; height: 3px; }
-""" + "".join(
-    f".line.c{n} {{ stroke: var(--c{n}); }} .c{n} {{ fill: var(--c{n}); background: var(--c{n}); }}\n" for n in range(8)
-)
+"""
+STYLE = PALETTE + PAGE + MARKS
 
 
 def html(report: Report) -> str:

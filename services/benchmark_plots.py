@@ -84,17 +84,22 @@ def _scale(axis: Axis, values: list[float], start: float, end: float) -> tuple[C
     return lambda v: start + (v - low) / (high - low) * (end - start), ticks
 
 
-def plot(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
-    """A figure with its caption; empty text if there is no point to draw.
-
-    On a logarithmic axis points at or below 0 are left out.
-    """
+def _kept(x: Axis, y: Axis, lines: Sequence[Line]) -> list[Line]:
+    """The lines without what cannot be drawn."""
 
     def drawn(points: Sequence[Point]) -> list[Point]:
         kept = (p for p in points if math.isfinite(p[0]) and math.isfinite(p[1]))
         return [p for p in kept if (not x.log or p[0] > 0) and (not y.log or p[1] > 0)]
 
-    kept = [Line(line.name, drawn(line.points), line.dots) for line in lines]
+    return [Line(line.name, drawn(line.points), line.dots) for line in lines]
+
+
+def drawing(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
+    """The plot itself, an svg element of WIDTH × HEIGHT without a legend; empty text if there is no point to draw.
+
+    On a logarithmic axis points at or below 0 are left out.
+    """
+    kept = _kept(x, y, lines)
     points = [p for line in kept for p in line.points]
     if not points:
         return ""
@@ -124,9 +129,17 @@ def plot(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
             dot = f'<circle class="{colour}" cx="{across(px):.1f}" cy="{up(py):.1f}" r="3.5">'
             parts.append(f"{dot}<title>{told}</title></circle>")
     parts.append("</svg>")
+    return "".join(parts)
+
+
+def plot(title: str, x: Axis, y: Axis, lines: Sequence[Line]) -> str:
+    """`drawing` as a figure with its caption and legend; empty text if there is no point to draw."""
+    drawn = drawing(title, x, y, lines)
+    if not drawn:
+        return ""
     names = "".join(
         f'<span><i class="c{index % COLOURS}"></i>{escape(line.name)}</span>'
-        for index, line in enumerate(kept)
+        for index, line in enumerate(_kept(x, y, lines))
         if line.points
     )
-    return f'<figure><figcaption>{escape(title)}</figcaption>{"".join(parts)}<p class="legend">{names}</p></figure>'
+    return f'<figure><figcaption>{escape(title)}</figcaption>{drawn}<p class="legend">{names}</p></figure>'
