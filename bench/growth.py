@@ -67,7 +67,8 @@ LAYERS = 4
 MAX_CONTEXT = 16384
 MAX_TOKENS = 4096
 """Of a completion, which is broken off long before."""
-PROMPT_TOKENS = 32
+PROMPT_TOKENS, SHORT_PROMPT_TOKENS = 32, 4
+"""Short ones where one worker sleeps for every token of them."""
 SETTLE_TOKENS = 4
 """Of each stream, before the window."""
 WINDOW_SECONDS = 2.0
@@ -118,14 +119,19 @@ def _simulated(workers: int, routers: int = 1) -> Fleet:
     return Fleet(top_k=16, workers=workers, routers=routers, shards=16, simulated=True)
 
 
+def _sleeping(axis: str, line: str, value: int, fleet: Fleet, streams: int) -> Point:
+    return Point(axis, line, value, fleet, streams, context=SHORT_PROMPT_TOKENS)
+
+
 def points() -> list[Point]:
-    """All of them; those of one fleet are neighbours."""
+    """All of them."""
     named = [
         *(Point("experts", "2 workers", n, Fleet(experts=n)) for n in (4, 8, 16, 64, 128)),
         *(Point("workers", "1 router", n, Fleet(workers=n, shards=n)) for n in (1, 2, 4, 8)),
         *(Point("routers", "2 workers", n, Fleet(routers=n)) for n in (1, 2)),
-        *(Point("simulated", "1 router", n, _simulated(n)) for n in (1, 2, 4, 8, 16)),
-        *(Point("simulated-routers", "16 workers", n, _simulated(16, n)) for n in (1, 2)),
+        *(_sleeping("simulated", "16 streams", n, _simulated(n), 16) for n in (1, 2, 4, 8, 16)),
+        *(_sleeping("simulated", "64 streams", n, _simulated(n), 64) for n in (4, 8, 16)),
+        *(_sleeping("simulated-routers", "16 streams", n, _simulated(16, n), 16) for n in (1, 2)),
     ]
     for streams in (1, 4):
         line = f"{streams} stream{'s' if streams > 1 else ''}"
@@ -236,10 +242,14 @@ class Running:
                 check(end)
                 await asyncio.sleep(0.01)
             before, first = await self.reading(), sum(counts)
-            end = before.at + WINDOW_SECONDS
-            while time.perf_counter() < end and sum(counts) - first < WINDOW_TOKENS * point.streams:
+            end, last = before.at + WINDOW_SECONDS, first
+            while True:
                 check(None)
                 await asyncio.sleep(0.01)
+                seen = sum(counts)
+                if seen - first >= WINDOW_TOKENS * point.streams or (seen > last and time.perf_counter() >= end):
+                    break  # only when tokens came: a window has whole steps, which may be long
+                last = seen
             after, seen = await self.reading(), sum(counts) - first
         counted = after.counters[TOKENS] - before.counters[TOKENS]
         if abs(seen - counted) > 0.1 * counted + 2 * point.streams:
@@ -289,9 +299,10 @@ async def _text(client: Client) -> str:
 
 
 async def measure(chosen: list[Point], rounds: int, folder: Path) -> list[Result]:
-    """Measure the points; a stack is started for each run of points with one fleet."""
+    """Measure the points; a stack is started for each fleet."""
     found = []
-    for fleet, group in itertools.groupby(chosen, key=lambda point: point.fleet):
+    for fleet in dict.fromkeys(point.fleet for point in chosen):
+        group = [point for point in chosen if point.fleet == fleet]
         name = f"{fleet.experts}-experts-top-{fleet.top_k}"
         sizes = {"num_experts": fleet.experts, "num_experts_per_tok": fleet.top_k, "num_hidden_layers": LAYERS}
         path = write("tiny", folder / name, **sizes, max_position_embeddings=MAX_CONTEXT)

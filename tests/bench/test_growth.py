@@ -60,14 +60,15 @@ def test_overhead_is_what_a_dispatch_takes_beside_the_compute() -> None:
 
 
 def test_the_ideal_of_a_simulation_grows_with_its_workers() -> None:
-    ideal = {r["value"]: r["ideal_tokens_per_second"] for r in results("simulated")}
+    found = [r for r in results("simulated") if r["streams"] == 16]
+    ideal = {r["value"]: r["ideal_tokens_per_second"] for r in found}
     assert ideal[16] == pytest.approx(16 * ideal[1], rel=0.01)
-    slept = {r["value"]: r["compute_ms"] for r in results("simulated")}
+    slept = {r["value"]: r["compute_ms"] for r in found}
     assert slept[1] == 16 * 16 * SIMULATED_PAIR_MS
     assert slept[16] == 16 * SIMULATED_PAIR_MS
 
 
-def test_points_of_one_fleet_are_neighbours_and_none_is_there_twice() -> None:
+def test_every_axis_has_points_and_none_is_there_twice() -> None:
     places = [(p.axis, p.line, p.value) for p in points()]
     assert len(set(places)) == len(places)
     assert {axis for axis, _, _ in places} == set(LABELS)
