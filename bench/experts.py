@@ -26,7 +26,14 @@ TOKENS = (1, 4, 16, 64, 256)
 SECONDS = 0.5
 """Per figure; the best of as many runs as fit."""
 READ_BYTES = 512_000_000
-OPTIONS: dict[str, ExpertOptions] = {"packed": ExpertOptions(), "widened": ExpertOptions(widen=True)}
+OPTIONS: dict[str, ExpertOptions] = {
+    "packed": ExpertOptions(),
+    "widened": ExpertOptions(widen=True),
+    "compiled": ExpertOptions(compiled=True),
+    "8bit": ExpertOptions(quantization="8bit"),
+    "8bit compiled": ExpertOptions(quantization="8bit", compiled=True),
+    "compiled, sparsity 0.25": ExpertOptions(compiled=True, sparsity=0.25),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def _measure_plain(config: ModelConfig, calls: dict[int, Call]) -> None:
         line("F.linear", tokens, call, config, 2, milliseconds(functools.partial(run, call)) / layers)
 
 
-def measure(name: str, folder: Path) -> None:
+def measure(name: str, folder: Path, chosen: list[str]) -> None:
     checkpoint = Checkpoint.open(write(name, folder))
     config = checkpoint.config
     layers, ours = config.moe_layers, range(0, config.num_experts, 2)
@@ -114,8 +121,8 @@ def measure(name: str, folder: Path) -> None:
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     print(f"\n{name}: hidden {hidden}, inner {inner}, {config.num_experts} experts, top-{config.num_experts_per_tok}")
     _measure_plain(config, calls)
-    for option, options in OPTIONS.items():
-        bank = ExpertBank(checkpoint, dtype=torch.bfloat16, device=torch.device("cpu"), options=options)
+    for option in chosen:
+        bank = ExpertBank(checkpoint, dtype=torch.bfloat16, device=torch.device("cpu"), options=OPTIONS[option])
         bank.load(ours)
         itemsize = bank.bytes_of(ours) / (3 * hidden * inner * len(ours) * len(layers))
         for tokens, call in calls.items():
@@ -133,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=sorted(SHAPES), metavar="NAME", help=", ".join(sorted(SHAPES)))
     parser.add_argument("--folder", type=Path, help="where the checkpoints are and stay (default: a temporary one)")
+    parser.add_argument("--options", nargs="+", choices=sorted(OPTIONS), default=list(OPTIONS), metavar="OPTION")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -140,7 +148,7 @@ def main() -> None:
     print(f"{arguments.threads} thread(s), memory is read at {memory_speed():.1f} GB/s")
     with tempfile.TemporaryDirectory(prefix="openmoe-bench-") as temporary:
         for name in arguments.names:
-            measure(name, (arguments.folder or Path(temporary)) / name)
+            measure(name, (arguments.folder or Path(temporary)) / name, arguments.options)
 
 
 if __name__ == "__main__":

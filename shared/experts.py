@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.names import expert_names
+from shared.kernels.experts import CompiledExperts
 from shared.linear import LEAST_ROWS, Linear
+from shared.pruning import kept_channels, prune
+from shared.quantization import Int8Linear, quantize_rows
 from shared.tensors import TensorReader
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -39,18 +43,24 @@ def shard_experts(num_experts: int, num_shards: int, shard: int) -> range:
 class ExpertWeights:
     """One expert: a gated feed-forward network (SwiGLU, arXiv 2002.05202)."""
 
-    gate_up: Linear
+    gate_up: Linear | Int8Linear
     """[2I, H]: gate's rows, then up's."""
-    down: Linear
+    down: Linear | Int8Linear
     """[H, I]"""
 
 
 @dataclass(frozen=True)
 class ExpertOptions:
-    """How experts are kept and computed."""
+    """How experts are kept and computed; docs/decisions/0011-expert-weights.md says why."""
 
     widen: bool = False
     """Keep bfloat16 weights as float32, and compute in it."""
+    quantization: Literal["none", "8bit"] = "none"
+    """8bit: keep weights as int8."""
+    sparsity: float = 0.0
+    """The share of each expert's channels that is left out."""
+    compiled: bool = False
+    """Compute with the kernel in shared/kernels."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,41 @@ class ExpertBank:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
-        self._widen = options.widen and dtype is torch.bfloat16
+        self._int8 = options.quantization == "8bit"
+        self._inner = kept_channels(config.moe_intermediate_size, options.sparsity)
+        self._widen = options.widen and dtype is torch.bfloat16 and not self._int8 and not options.compiled
         self._compute_dtype = torch.float32 if self._widen else dtype
         self._act = ACTIVATION[config.hidden_act]
         self._weights: dict[tuple[int, int], ExpertWeights] = {}
+        self._loaded: set[tuple[int, int]] = set()
+        self._compiled: CompiledExperts | None = None
+        if options.compiled:
+            self._compiled = CompiledExperts(
+                hidden=config.hidden_size,
+                inner=self._inner,
+                num_experts=config.num_experts,
+                activation=config.hidden_act,
+                dtype=torch.int8 if self._int8 else dtype,
+            )
         self.config = config
 
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 
+    @property
+    def _expert_bytes(self) -> int:
+        """Of one expert of one layer, as it is kept."""
+        if self._compiled:
+            return self._compiled.expert_bytes
+        hidden = self.config.hidden_size
+        if self._int8:
+            return 3 * self._inner * hidden + (2 * self._inner + hidden) * torch.bfloat16.itemsize
+        return 3 * self._inner * hidden * self._compute_dtype.itemsize
+
     def bytes_of(self, experts: Iterable[int]) -> int:
         """Bytes that these experts' weights take in memory, all layers together."""
-        c = self.config
-        per_expert = 3 * c.moe_intermediate_size * c.hidden_size * self._compute_dtype.itemsize
-        return per_expert * len(c.moe_layers) * len(list(experts))
+        return self._expert_bytes * len(self.config.moe_layers) * len(list(experts))
 
     def load(self, experts: Iterable[int], on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Read the tensors of `experts` in every MoE layer, one after another; gate and up become one matrix.
@@ -103,20 +133,39 @@ class ExpertBank:
         c = self.config
         wanted = sorted(experts)
         # Every expert is read into the same memory: holes between what stays would add up to as much again.
-        shapes = (2 * c.moe_intermediate_size, c.hidden_size), (c.hidden_size, c.moe_intermediate_size)
-        gate_up, down = (torch.empty(shape, dtype=self._dtype, device=self._device) for shape in shapes)
-        wide = [torch.empty(shape, device=self._device) for shape in shapes] if self._widen else [gate_up, down]
+        gate_up = torch.empty(2 * c.moe_intermediate_size, c.hidden_size, dtype=self._dtype, device=self._device)
+        down = torch.empty(c.hidden_size, c.moe_intermediate_size, dtype=self._dtype, device=self._device)
+        wide = [torch.empty_like(w, dtype=torch.float32) for w in (gate_up, down)] if self._widen else []
         with TensorReader(self._checkpoint.tensors, self._device, lambda _: None) as reader:
             for layer in c.moe_layers:
                 for expert in wanted:
-                    if (layer, expert) not in self._weights:
+                    if (layer, expert) not in self._loaded:
                         self._read(reader, layer, expert, gate_up, down)
-                        if self._widen:
-                            wide[0].copy_(gate_up)
-                            wide[1].copy_(down)
-                        linears = [Linear(w if Linear.packs(w) else w.clone()) for w in wide]
-                        self._weights[layer, expert] = ExpertWeights(*linears)
-                        on_bytes(sum(w.nbytes for w in wide))
+                        matrices = (
+                            [w.copy_(n) for w, n in zip(wide, (gate_up, down), strict=True)]
+                            if wide
+                            else [gate_up, down]
+                        )
+                        self._keep(layer, expert, *matrices)
+                        self._loaded.add((layer, expert))
+                        on_bytes(self._expert_bytes)
+
+    def _keep(self, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Prune, quantize and lay out one expert, given as [2I, H] and [H, I], which are written to again later."""
+        if self._inner < down.shape[1]:
+            gate_up, down = prune(gate_up, down, self._inner)
+        if self._int8:
+            (gate_up, gate_up_scale), (down, down_scale) = quantize_rows(gate_up), quantize_rows(down)
+            if self._compiled:
+                self._compiled.add(layer, expert, gate_up, down, (gate_up_scale, down_scale))
+            else:
+                linears = Int8Linear(gate_up, gate_up_scale), Int8Linear(down, down_scale)
+                self._weights[layer, expert] = ExpertWeights(*linears)
+        elif self._compiled:
+            self._compiled.add(layer, expert, gate_up, down)
+        else:
+            kept = (w if Linear.packs(w) else w.clone() for w in (gate_up, down))
+            self._weights[layer, expert] = ExpertWeights(*(Linear(w) for w in kept))
 
     def _read(self, reader: TensorReader, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """One expert's matrices into `gate_up` [2I, H] and `down` [H, I]."""
@@ -132,7 +181,7 @@ class ExpertBank:
             reader.copy_into(down, names.down, stored=(c.num_experts, *down.shape), row=names.row)
 
     def has(self, layer: int, expert: int) -> bool:
-        return (layer, expert) in self._weights
+        return (layer, expert) in self._loaded
 
     def compute(
         self,
@@ -157,6 +206,8 @@ class ExpertBank:
             [T, H] in `hidden`'s dtype; sums are kept in float32.
 
         """
+        if self._compiled:
+            return self._compiled.compute(layer, hidden, token_index, expert_index, weights).to(hidden.dtype)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         if not expert_index.numel():
             return out.to(hidden.dtype)
@@ -198,7 +249,7 @@ def _groups(counts: list[int]) -> Iterator[list[Span]]:
         yield group
 
 
-def _products(linears: list[Linear], group: list[Span], x: torch.Tensor) -> torch.Tensor:
+def _products(linears: list[Linear | Int8Linear], group: list[Span], x: torch.Tensor) -> torch.Tensor:
     """Each expert's rows of `x` [n, in] times its weight: [n, out].
 
     A single row takes a neighbour along, which costs less than padding it.

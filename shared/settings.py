@@ -118,9 +118,14 @@ class ExpertSettings(ComputeSettings):
     workers: int = Field(2, ge=1, le=1024, description="expert workers that start together and share the shards")
     shards: str | None = Field(None, pattern=r"^\d+(,\d+)*$", description="pin this worker to these shards: 0,2")
     max_pending_calls: int = Field(64, ge=1, le=65536, description="calls in a worker's line; more are refused")
-    widen_weights: Literal["auto", "on", "off"] = Field(
-        "auto", description="keep bfloat16 experts as float32 (auto: if the CPU has no bfloat16 and memory is ample)"
+    enable_compilation: bool | None = Field(
+        None, description="compile the experts' kernel at start (default: if a C++ compiler is there and it pays)"
     )
+    widen_weights: Literal["auto", "on", "off"] = Field(
+        "auto", description="not compiled: keep bfloat16 experts as float32 (auto: if that pays and memory is ample)"
+    )
+    quantization: Literal["none", "8bit"] = Field("none", description="8bit: keep experts as int8, on a CPU")
+    sparsity_ratio: float = Field(0, ge=0, lt=1, description="share of each expert's channels that is left out")
 
     simulated_pair_ms: float | None = Field(
         None, ge=0, le=1000, description="for benchmarks only: sleep so long per token and expert, and answer zeros"
@@ -129,6 +134,18 @@ class ExpertSettings(ComputeSettings):
     @property
     def pinned_shards(self) -> tuple[int, ...]:
         return tuple(sorted({int(s) for s in self.shards.split(",")})) if self.shards else ()
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> Self:
+        if self.device != "cpu" and self.quantization != "none":
+            raise ValueError(f"QUANTIZATION={self.quantization} needs DEVICE=cpu, not {self.device}")
+        if self.device != "cpu" and self.enable_compilation:
+            raise ValueError(f"ENABLE_COMPILATION=true needs DEVICE=cpu, not {self.device}")
+        if self.device != "cpu" and self.widen_weights == "on":
+            raise ValueError(f"WIDEN_WEIGHTS=on needs DEVICE=cpu, not {self.device}")
+        if self.quantization != "none" and self.widen_weights == "on":
+            raise ValueError(f"WIDEN_WEIGHTS=on and QUANTIZATION={self.quantization} exclude each other")
+        return self
 
     @model_validator(mode="after")
     def _shards_exist(self) -> Self:

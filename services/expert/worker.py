@@ -13,18 +13,16 @@ import torch
 from nats.aio.msg import Msg
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
+from services.expert.options import choose_options
 from services.expert.placement import choose_shards, shards_to_take_over
-from services.expert.widening import choose_widening, widened_bytes
 from shared import subjects, wire
 from shared.bus import REQUEST_ID, Bus, Served, deadline, raise_if_expired
 from shared.checkpoint import Checkpoint
 from shared.compute import Compute, give_back_memory, select_device, select_dtype, set_threads
 from shared.errors import HTTP_STATUS, BadMessageError, MoeError
-from shared.experts import ExpertBank, ExpertOptions, shard_experts
+from shared.experts import ExpertBank, shard_experts
 from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES
-from shared.linear import has_native_bfloat16
 from shared.logs import request_id, safe_request_id
-from shared.memory import available_memory
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import ExpertSettings
 from shared.status import Fleet, Status
@@ -83,7 +81,8 @@ class Worker:
         self._deployment = checkpoint.deployment(settings.model_name)
         self._device = select_device(settings)
         self._dtype = select_dtype(settings, checkpoint.config)
-        self._bank = ExpertBank(checkpoint, dtype=self._dtype, device=self._device, options=self._options())
+        options = choose_options(settings, checkpoint.config, self._dtype, self._device)
+        self._bank = ExpertBank(checkpoint, dtype=self._dtype, device=self._device, options=options)
         self._compute = Compute()
         self._loading = Compute()
         """A thread of its own: shards that are taken over load beside the answers for those already served."""
@@ -100,19 +99,6 @@ class Worker:
         self._base = base_status(settings, "expert", self._instance, self._address)
         self._owned: frozenset[int] = frozenset()
         self._noted: set[str] = set()
-
-    def _options(self) -> ExpertOptions:
-        settings = self._settings
-        widening = choose_widening(
-            settings.widen_weights,
-            dtype=self._dtype,
-            device=self._device,
-            native=has_native_bfloat16(),
-            needed=widened_bytes(self._config, workers=settings.workers, shards=settings.expert_shards),
-            available=available_memory(),
-        )
-        log.info("expert.widening", widen=widening.widen, reason=widening.reason)
-        return ExpertOptions(widen=widening.widen)
 
     async def run(self, shutdown: asyncio.Event) -> None:
         """Serve until `shutdown`, then finish what is in flight."""

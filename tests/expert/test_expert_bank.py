@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
-from shared.experts import ExpertBank, ExpertOptions, shard_experts
+from shared.experts import Activation, ExpertBank, ExpertOptions, shard_experts
 from tests.oracle import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -42,15 +42,26 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> ExpertBank:
     return opened(tmp_path_factory.mktemp("bank"), "mixtral")
 
 
-def plain(path: Path, layer: int, hidden: torch.Tensor, pairs: list[tuple[int, int, float]]) -> torch.Tensor:
-    """[T, H]: one pair after another, from the checkpoint's files, in float64."""
+def plain(
+    path: Path,
+    layer: int,
+    hidden: torch.Tensor,
+    pairs: list[tuple[int, int, float]],
+    act: Activation = F.silu,
+    sparsity: float = 0,
+) -> torch.Tensor:
+    """[T, H]: one pair after another, from the checkpoint's files, in float64; without the least important channels."""
     tensors = all_tensors(path)
     out = torch.zeros(hidden.shape, dtype=torch.float64)
     for token, expert, weight in pairs:
         gate_up = tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"][expert]
         down = tensors[f"model.layers.{layer}.mlp.experts.down_proj"][expert]
+        norms = [w.pow(2).sum(dim=1) for w in (*gate_up.chunk(2), down.T)]
+        least = (norms[0] * norms[1] * norms[2]).argsort()[: int(sparsity * down.shape[1])]
         gate, up = (hidden[token].double() @ gate_up.T).chunk(2)
-        out[token] += weight * ((F.silu(gate) * up) @ down.T)
+        h = act(gate) * up
+        h[least] = 0
+        out[token] += weight * (h @ down.T)
     return out
 
 
@@ -85,7 +96,14 @@ def compute(bank: ExpertBank, layer: int, hidden: torch.Tensor, pairs: list[tupl
     )
 
 
-OPTIONS = [ExpertOptions(), ExpertOptions(widen=True)]
+OPTIONS = [
+    ExpertOptions(),
+    ExpertOptions(widen=True),
+    ExpertOptions(compiled=True),
+    ExpertOptions(quantization="8bit"),
+    ExpertOptions(quantization="8bit", sparsity=0.25),
+    ExpertOptions(quantization="8bit", compiled=True),
+]
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, EXPERTS - 1), st.floats(-2, 2, width=32)), max_size=24)
 
 
@@ -188,16 +206,37 @@ def test_widened_experts_are_bfloat16_weights_computed_in_float32(tmp_path: Path
     torch.testing.assert_close(compute(wide, 1, hidden, pairs).double(), want, rtol=2**-8, atol=1e-5)
 
 
-def test_the_bytes_reported_while_loading_are_those_in_memory(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", "olmoe", dtype=torch.bfloat16))
-    sizes = []
-    for widen in (False, True):
-        bank = ExpertBank(checkpoint, dtype=torch.bfloat16, device=CPU, options=ExpertOptions(widen=widen))
-        counted: list[int] = []
-        bank.load([0, 2], counted.append)
-        sizes.append(sum(counted))
-        assert sizes[-1] == bank.bytes_of([0, 2])
-    assert sizes[1] == 2 * sizes[0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["mixtral", "olmoe", "qwen2", "qwen3", "mixtral-gelu"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_gives_the_sum_within_its_bound(
+    tmp_path: Path, options: ExpertOptions, variant: str, dtype: torch.dtype
+) -> None:
+    """Relative to the norm of a token's sum: rounding alone, or int8 weights; pruned channels count as zero."""
+    bound = 0.03 if options.quantization == "8bit" else 1e-5
+    if dtype is torch.bfloat16:
+        bound += 0.02
+    bank = opened(tmp_path, variant, dtype, options)
+    hidden = torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(4)).to(dtype)
+    pairs = [(t, e, 0.5) for t in range(9) for e in (0, 3, 4)]
+    act = F.gelu if variant == "mixtral-gelu" else F.silu
+    want = plain(bank._checkpoint.path, 1, hidden, pairs, act, options.sparsity)
+    off = (compute(bank, 1, hidden, pairs).double() - want).norm(dim=1) / want.norm(dim=1)
+    assert off.max() <= bound
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_bytes_reported_while_loading_are_those_in_memory(tmp_path: Path, options: ExpertOptions) -> None:
+    checkpoint = Checkpoint.open(
+        make_checkpoint(tmp_path / "m", "olmoe", dtype=torch.bfloat16, intermediate_size=128, hidden_size=128)
+    )
+    bank = ExpertBank(checkpoint, dtype=torch.bfloat16, device=CPU, options=options)
+    counted: list[int] = []
+    bank.load([0, 2], counted.append)
+    assert sum(counted) == bank.bytes_of([0, 2])
+    itemsize = 4 if options.widen else 1 if options.quantization == "8bit" else 2
+    numbers = 2 * 3 * 3 * 128 * int(128 * (1 - options.sparsity))
+    assert numbers * itemsize <= sum(counted) <= 1.05 * numbers * itemsize
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "olmoe", "qwen2", "qwen3", "mixtral-gelu"])

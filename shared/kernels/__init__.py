@@ -1,0 +1,1 @@
+"""The experts' kernel in C++, compiled on the machine that runs it."""

@@ -1,0 +1,79 @@
+"""Compiles the experts' kernel for the CPU at hand, once, and keeps the result in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from shared.errors import StartError
+
+SOURCE = Path(__file__).with_name("experts.cpp")
+COMPILERS = ("g++", "clang++")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
+COMPILE_SECONDS = 120
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler to use: $CXX, g++ or clang++, whichever is there."""
+    return next((found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL:
+    """The compiled kernel, from the cache where it was compiled before.
+
+    Raises:
+        StartError: no compiler, or it does not compile this.
+
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise StartError(
+            f"ENABLE_COMPILATION=true needs a C++ compiler: install {' or '.join(COMPILERS)}, or name one in CXX; "
+            "ENABLE_COMPILATION=false does without"
+        )
+    name = f"experts-{_fingerprint(compiler)}.so"
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openmoe"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if cache.stat().st_uid != os.getuid():  # what others may write there must not run here
+            raise PermissionError
+        with (cache / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # workers start together: one compiles, the others wait for it
+            if not (cache / name).exists():
+                _compile(compiler, cache / f"{name}.new")
+                (cache / f"{name}.new").replace(cache / name)
+        return ctypes.CDLL(str(cache / name))
+    with tempfile.TemporaryDirectory(prefix="openmoe-") as folder:  # no cache that can be written
+        _compile(compiler, Path(folder) / name)
+        return ctypes.CDLL(str(Path(folder) / name))
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that the result depends on."""
+    cpu = sorted(torch.cpu.get_capabilities().items())
+    status = Path(compiler).resolve().stat()
+    parts = (SOURCE.read_bytes(), FLAGS, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, target: Path) -> None:
+    command = [compiler, *FLAGS, "-o", str(target), str(SOURCE)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StartError(f"ENABLE_COMPILATION: {error}") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StartError(f"ENABLE_COMPILATION: {compiler} does not compile {SOURCE.name}: {last}")
