@@ -42,7 +42,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -298,9 +298,8 @@ async def _text(client: Client) -> str:
     return b"".join(pieces).decode()
 
 
-async def measure(chosen: list[Point], rounds: int, folder: Path) -> list[Result]:
-    """Measure the points; a stack is started for each fleet."""
-    found = []
+async def measure(chosen: list[Point], rounds: int, folder: Path, keep: Callable[[list[Result]], None]) -> None:
+    """Measure the points; a stack is started for each fleet, and `keep` gets the results of each."""
     for fleet in dict.fromkeys(point.fleet for point in chosen):
         group = [point for point in chosen if point.fleet == fleet]
         name = f"{fleet.experts}-experts-top-{fleet.top_k}"
@@ -313,12 +312,13 @@ async def measure(chosen: list[Point], rounds: int, folder: Path) -> list[Result
             client = Client(url)
             metrics = (await metrics_of(url, ""))[1:]  # the first is the gateway's, which also has a port for them
             running = Running(client, (await look_at(client))[0], metrics)
+            found = []
             for point in group:
                 windows = [await running.measure(point, number) for number in range(rounds + 1)]
                 found.append(result(point, windows[1:]))  # the first warms up
                 print(json.dumps(found[-1]), flush=True)
             client.close()
-    return found
+        keep(found)
 
 
 def merged(old: list[Result], new: list[Result]) -> list[Result]:
@@ -432,6 +432,16 @@ def choose(wanted: list[str]) -> list[Point]:
     return chosen
 
 
+def save(found: list[Result], folder: Path) -> None:
+    """Put the results into the folder's files; what they have of other points stays."""
+    data = folder / "growth.json"
+    old = json.loads(data.read_text(encoding="utf-8"))["points"] if data.exists() else []
+    results = merged(old, found)
+    data.write_text(json.dumps({"machine": machine(), "points": results}, indent=1) + "\n", encoding="utf-8")
+    (folder / "growth-tables.md").write_text(tables(results), encoding="utf-8")
+    (folder / "growth.svg").write_text(svg(results), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("axis", nargs="*", help="AXIS or AXIS=VALUE,VALUE (default: all)")
@@ -444,15 +454,12 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    data = arguments.output / "growth.json"
+
+    def keep(found: list[Result]) -> None:
+        save(found, arguments.output)
+
     with tempfile.TemporaryDirectory(prefix="openmoe-bench-") as temporary:
-        found = uvloop.run(measure(chosen, arguments.rounds, arguments.checkpoints or Path(temporary)))
-    old = json.loads(data.read_text(encoding="utf-8"))["points"] if data.exists() else []
-    results = merged(old, found)
-    content = {"machine": machine(), "points": results}
-    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "growth-tables.md").write_text(tables(results), encoding="utf-8")
-    (arguments.output / "growth.svg").write_text(svg(results), encoding="utf-8")
+        uvloop.run(measure(chosen, arguments.rounds, arguments.checkpoints or Path(temporary), keep))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -20,6 +22,7 @@ from bench.growth import (
     points,
     read,
     result,
+    save,
     svg,
     tables,
     window,
@@ -80,6 +83,14 @@ def test_a_new_measurement_takes_the_place_of_the_old_one() -> None:
     assert [r["value"] for r in both] == [1, 2, 4, 8]
     assert [r["tokens_per_second"] for r in both] == [200.0, 999.0, 200.0, 200.0]
     assert [r["axis"] for r in merged(old, results("experts"))] == ["experts"] * 5 + ["workers"] * 4
+
+
+def test_what_is_saved_stays_when_another_axis_is_measured(tmp_path: Path) -> None:
+    save(results("batch"), tmp_path)
+    save(results("routers"), tmp_path)
+    kept = json.loads((tmp_path / "growth.json").read_text())["points"]
+    assert [r["axis"] for r in kept] == ["routers"] * 2 + ["batch"] * 7
+    assert {path.name for path in tmp_path.iterdir()} == {"growth.json", "growth-tables.md", "growth.svg"}
 
 
 def test_axes_and_values_can_be_chosen() -> None:
