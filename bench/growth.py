@@ -398,9 +398,9 @@ def svg(results: list[Result]) -> str:
             parts = [f'<g transform="translate({column * WIDTH} {row * row_height})">']
             parts.append(f'<text x="16" y="28" style="{caption}">{escape(title)}</text>')
             for index, each in enumerate(lines):
-                left = 64 + 144 * index
+                left = 16 + 156 * index
                 parts.append(f'<rect class="c{index % COLOURS}" x="{left}" y="43" width="14" height="3"/>')
-                parts.append(f'<text x="{left + 20}" y="49">{escape(each.name)}</text>')
+                parts.append(f'<text x="{left + 20}" y="49" style="font-size: 11px">{escape(each.name)}</text>')
             parts.append(f'<svg y="56" width="{WIDTH}" height="{HEIGHT}" {inner}</g>')
             panels.append("".join(parts))
     width, height = 2 * WIDTH, row_height * len(_by_axis(results))
