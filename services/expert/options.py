@@ -15,6 +15,7 @@ from shared.kernels.build import find_compiler, load_kernels
 from shared.kernels.experts import DTYPES
 from shared.linear import has_native_bfloat16
 from shared.memory import available_memory
+from shared.pruning import kept_channels
 from shared.settings import ExpertSettings
 
 log = structlog.get_logger()
@@ -66,6 +67,9 @@ def choose_options(
     )
     log.info("expert.compilation", compiled=compilation.yes, reason=compilation.reason)
     log.info("expert.widening", widen=widening.yes, reason=widening.reason)
+    if settings.sparsity_ratio:
+        inner = config.moe_intermediate_size
+        log.info("expert.sparsity", kept_channels=kept_channels(inner, settings.sparsity_ratio), channels=inner)
     return ExpertOptions(
         widen=widening.yes,
         quantization=settings.quantization,
