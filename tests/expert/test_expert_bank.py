@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from shared.checkpoint import Checkpoint
 from shared.errors import CheckpointError
 from shared.experts import Activation, ExpertBank, ExpertOptions, shard_experts
+from shared.kernels.build import find_compiler
 from tests.oracle import make_checkpoint
 
 CPU = torch.device("cpu")
@@ -96,13 +97,14 @@ def compute(bank: ExpertBank, layer: int, hidden: torch.Tensor, pairs: list[tupl
     )
 
 
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs g++ or clang++")
 OPTIONS = [
     ExpertOptions(),
     ExpertOptions(widen=True),
-    ExpertOptions(compiled=True),
+    pytest.param(ExpertOptions(compiled=True), marks=needs_compiler),
     ExpertOptions(quantization="8bit"),
     ExpertOptions(quantization="8bit", sparsity=0.25),
-    ExpertOptions(quantization="8bit", compiled=True),
+    pytest.param(ExpertOptions(quantization="8bit", compiled=True), marks=needs_compiler),
 ]
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, EXPERTS - 1), st.floats(-2, 2, width=32)), max_size=24)
 
