@@ -134,7 +134,7 @@ async def measure(folder: Path, gigabytes: float) -> Memory:
     port = free_port()
     url = f"nats://127.0.0.1:{port}"
     settings = {"MODEL": str(model), "NATS_URL": url, "INSTANCE": INSTANCE, "EXPERT_SHARDS": "2", "SHARDS": "0"}
-    settings["WIDEN_WEIGHTS"] = "off"
+    settings["WIDEN_WEIGHTS"] = "off"  # ENABLE_COMPILATION and QUANTIZATION come from the environment
     quiet = {"METRICS_PORT": "0", "LOG_LEVEL": "WARNING"}
     server = await asyncio.create_subprocess_exec(
         *(binary(), "--config", str(write_config(folder, port))), stderr=asyncio.subprocess.DEVNULL

@@ -119,7 +119,7 @@ class ExpertSettings(ComputeSettings):
     shards: str | None = Field(None, pattern=r"^\d+(,\d+)*$", description="pin this worker to these shards: 0,2")
     max_pending_calls: int = Field(64, ge=1, le=65536, description="calls in a worker's line; more are refused")
     enable_compilation: bool | None = Field(
-        None, description="compile the experts' kernel at start (default: if a C++ compiler is there and it pays)"
+        None, description="compile the experts' kernel at start (default: where it pays and g++ or clang++ is there)"
     )
     widen_weights: Literal["auto", "on", "off"] = Field(
         "auto", description="not compiled: keep bfloat16 experts as float32 (auto: if that pays and memory is ample)"

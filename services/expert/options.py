@@ -47,6 +47,7 @@ def choose_options(
         weights=weights,
         device=device,
         native=has_native_bfloat16(),
+        avx512=bool(torch.cpu.get_capabilities().get("avx512_f")),
         compiler=find_compiler(),
     )
     if compilation.yes:
@@ -79,7 +80,13 @@ def choose_options(
 
 
 def choose_compilation(
-    setting: bool | None, *, weights: torch.dtype, device: torch.device, native: bool, compiler: str | None
+    setting: bool | None,
+    *,
+    weights: torch.dtype,
+    device: torch.device,
+    native: bool,
+    avx512: bool,
+    compiler: str | None,
 ) -> Decision:
     """Decide, for the setting ENABLE_COMPILATION.
 
@@ -88,6 +95,7 @@ def choose_compilation(
         weights: what the experts' weights are kept in.
         device: where they are computed.
         native: this CPU multiplies bfloat16 itself.
+        avx512: this CPU has AVX-512, which the kernel is written for; elsewhere it is right and slow.
         compiler: the C++ compiler, if there is one.
 
     Raises:
@@ -105,6 +113,8 @@ def choose_compilation(
         return Decision(True, "ENABLE_COMPILATION=true")
     if weights is torch.bfloat16 and native:
         return Decision(False, "this CPU multiplies bfloat16 itself")
+    if not avx512:
+        return Decision(False, "the compiled kernel is slow without AVX-512")
     if compiler is None:
         return Decision(False, "no C++ compiler (g++ or clang++) is installed")
     return Decision(True, f"{compiler} is there")

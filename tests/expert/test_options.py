@@ -16,6 +16,7 @@ from tests.oracle import make_checkpoint
 
 CPU = torch.device("cpu")
 WEIGHTS: dict[str, Any] = {"weights": torch.bfloat16, "device": CPU, "native": False}
+COMPILABLE = {**WEIGHTS, "avx512": True, "compiler": "/usr/bin/c++"}
 AMPLE = {**WEIGHTS, "compiled": False, "needed": 50, "available": 100}
 
 
@@ -46,6 +47,7 @@ def test_widening_and_its_reason(
         (None, {}, True, "/usr/bin/c++ is there"),
         (None, {"compiler": None}, False, "no C++ compiler"),
         (None, {"native": True}, False, "itself"),
+        (None, {"avx512": False}, False, "without AVX-512"),
         (None, {"native": True, "weights": torch.int8}, True, "is there"),
         (None, {"weights": torch.float16}, False, "not for float16 on cpu"),
         (None, {"device": torch.device("cuda")}, False, "not for bfloat16 on cuda"),
@@ -56,14 +58,14 @@ def test_widening_and_its_reason(
 def test_compilation_and_its_reason(
     changes: dict[str, Any], reason: str, *, setting: bool | None, compile_it: bool
 ) -> None:
-    decision = choose_compilation(setting, **{**WEIGHTS, "compiler": "/usr/bin/c++", **changes})
+    decision = choose_compilation(setting, **{**COMPILABLE, **changes})
     assert decision.yes is compile_it
     assert reason in decision.reason
 
 
 def test_what_cannot_be_compiled_is_refused_when_asked_for() -> None:
     with pytest.raises(StartError, match="float16"):
-        choose_compilation(True, **{**WEIGHTS, "weights": torch.float16, "compiler": "/usr/bin/c++"})
+        choose_compilation(True, **{**COMPILABLE, "weights": torch.float16})
 
 
 @pytest.mark.parametrize(("workers", "shards", "replicas"), [(1, 1, 1), (2, 2, 1), (1, 4, 1), (4, 2, 2), (5, 2, 3)])
