@@ -263,7 +263,7 @@ class Bus:
         answers: dict[int, bytes | MoeError] = {}
 
         def take(number: int, item: Msg | MoeError) -> None:
-            answers[number] = outcome(requests[number][0], item)
+            answers.setdefault(number, outcome(requests[number][0], item))  # a loss that follows undoes no answer
             if len(answers) == len(requests) and not done.done():
                 done.set_result(None)
 
@@ -283,11 +283,12 @@ class Bus:
                 await done
         except TimeoutError:
             for number, (subject, _) in enumerate(requests):
-                if number not in answers:
-                    text = f"no answer on {subject} within {timeout:.3g} s"
-                    answers[number] = MoeError("deadline_exceeded", text)
+                answers.setdefault(
+                    number, MoeError("deadline_exceeded", f"no answer on {subject} within {timeout:.3g} s")
+                )
         except OSError as error:  # after TimeoutError, which is one
-            raise MoeError("bus_unavailable", f"NATS refused the message: {error}") from error
+            for number in range(len(requests)):
+                answers.setdefault(number, MoeError("bus_unavailable", f"NATS refused the message: {error}"))
         finally:
             for token in tokens:
                 self._forget(token)
@@ -337,7 +338,7 @@ class Bus:
                 served.queue.put_nowait((message, budget_deadline(message.headers, time.monotonic())))
             except asyncio.QueueFull:
                 served.refused += 1
-                self._refuse(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
+                self.reply_error(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
 
         async def work() -> None:
             while True:
@@ -351,14 +352,14 @@ class Bus:
                 except MoeError as error:
                     served.errors += 1
                     served.last_error = error.code
-                    await self.reply_error(message, error)
+                    self.reply_error(message, error)
                 except asyncio.CancelledError:
                     raise
                 except Exception:  # a bug of ours: the client gets a neutral sentence, the log the traceback
                     served.errors += 1
                     served.last_error = "internal_error"
                     log.exception("handler.failed", subject=subject)
-                    await self.reply_error(message, MoeError("internal_error", "internal error; see the service's log"))
+                    self.reply_error(message, MoeError("internal_error", "internal error; see the service's log"))
                 finally:
                     served.processing_seconds += time.perf_counter() - start
                     served.queue.task_done()
@@ -384,17 +385,14 @@ class Bus:
         if message.reply:
             await self.publish(message.reply, data, headers=headers)
 
-    async def reply_error(self, message: Msg, error: MoeError) -> None:
-        if message.reply:
-            try:
-                await self.publish(message.reply, b"", headers=error_headers(error))
-            except MoeError as failure:
-                log.warning("reply.lost", code=error.code, reason=failure.message)
-
-    def _refuse(self, message: Msg, error: MoeError) -> None:
-        """Answer with an error from inside the read loop, which must not wait."""
-        if message.reply and self._client.is_connected:
+    def reply_error(self, message: Msg, error: MoeError) -> None:
+        """Answer with an error; waits for nothing, as the read loop refuses requests by it too."""
+        if not message.reply:
+            return
+        if self._client.is_connected:
             self._client.send(message.reply, "", b"", header_block(error_headers(error)))
+        else:
+            log.warning("reply.lost", code=error.code)
 
     async def flush(self) -> None:
         """Return when everything sent so far has reached the server.

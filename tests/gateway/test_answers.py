@@ -181,7 +181,7 @@ async def test_an_answer_that_was_cut_or_failed_is_not_kept(nats_url: str, redis
         await router.accept(message, request)
         await router.say(message, letters("ab"))
         if fail:
-            await router.bus.reply_error(message, MoeError("shard_unavailable", "expert shard 1 is unavailable"))
+            router.bus.reply_error(message, MoeError("shard_unavailable", "expert shard 1 is unavailable"))
         else:
             await router.say(message, letters("cd"), "length")
 
