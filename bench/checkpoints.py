@@ -30,6 +30,16 @@ def _mixtral(**shape: Any) -> Any:
     return MixtralForCausalLM(MixtralConfig(**{**COMMON, "sliding_window": None, **shape}))
 
 
+MIXTRAL: dict[str, int] = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 8,
+    "vocab_size": 32000,
+}
 SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
     "olmoe": (
         _olmoe,
@@ -44,19 +54,7 @@ SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
             "vocab_size": 50304,
         },
     ),
-    "mixtral": (
-        _mixtral,
-        {
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 8,
-            "vocab_size": 32000,
-        },
-    ),
+    "mixtral": (_mixtral, MIXTRAL),
     "dispatch": (
         _mixtral,
         {
@@ -83,19 +81,7 @@ SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
             "vocab_size": 4096,
         },
     ),
-    "layer": (
-        _mixtral,
-        {
-            "hidden_size": 768,
-            "intermediate_size": 2048,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 1,
-            "vocab_size": 4096,
-        },
-    ),
+    "layer": (_mixtral, {**MIXTRAL, "num_hidden_layers": 1, "vocab_size": 4096}),
 }
 DTYPES = {"layer": torch.float32}
 """Of those that are not bfloat16."""

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import secrets
 import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from typing import Any
 import psutil
 import uvloop
 
-from bench.stack import stack
+from bench.stack import beside, stack
 from services.benchmark import Length, Plan, Traffic, closed_loop, look_at, prepare
 from services.benchmark_figures import row
 from services.benchmark_http import Client
@@ -64,22 +62,9 @@ async def metrics_of(url: str, token: str) -> list[Client]:
     return found
 
 
-@contextlib.asynccontextmanager
-async def scraping(clients: list[Client]) -> AsyncIterator[None]:
+def scraping(clients: list[Client]) -> AbstractAsyncContextManager[None]:
     """Read every /metrics all the while, as Prometheus would."""
-
-    async def scrape() -> None:
-        while True:
-            await asyncio.gather(*(_get(client, "/metrics") for client in clients))
-            await asyncio.sleep(SCRAPE_SECONDS)
-
-    task = asyncio.create_task(scrape(), name="scrape")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return beside(lambda: asyncio.gather(*(_get(client, "/metrics") for client in clients)), SCRAPE_SECONDS)
 
 
 @dataclass

@@ -18,7 +18,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import numpy as np
 import psutil
 import uvloop
 
-from bench.stack import stack
+from bench.stack import beside, stack
 from services.benchmark import Length, Plan, Traffic, closed_loop, look_at, prepare
 from services.benchmark_figures import row
 from services.benchmark_http import Client
@@ -75,8 +76,7 @@ def mib(process: psutil.Process) -> float:
     return float(getattr(info, "pss", info.rss)) / MIB
 
 
-@contextlib.asynccontextmanager
-async def watched(memory: dict[str, Memory], start: float) -> AsyncIterator[None]:
+def watched(memory: dict[str, Memory], start: float) -> AbstractAsyncContextManager[None]:
     """Sample every process into `memory` all the while."""
     known = processes()
 
@@ -86,18 +86,7 @@ async def watched(memory: dict[str, Memory], start: float) -> AsyncIterator[None
                 memory.setdefault(name, Memory()).mib.append(mib(process))
                 memory[name].times.append(time.perf_counter() - start)
 
-    async def watch() -> None:
-        while True:
-            await asyncio.to_thread(sample)
-            await asyncio.sleep(SAMPLE_SECONDS)
-
-    task = asyncio.create_task(watch(), name="memory")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return beside(lambda: asyncio.to_thread(sample), SAMPLE_SECONDS)
 
 
 def growth(memory: dict[str, Memory], seconds: float, allowed: float) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 READY_SECONDS = 300
@@ -43,3 +43,21 @@ async def stack(*arguments: str, log: Path = Path(os.devnull), **environment: st
             process.send_signal(signal.SIGINT)
         async with asyncio.timeout(STOP_SECONDS):
             await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Callable[[], Awaitable[object]], every_seconds: float) -> AsyncIterator[None]:
+    """Do `work` again and again, with a pause of `every_seconds`, as long as the block lasts."""
+
+    async def again() -> None:
+        while True:
+            await work()
+            await asyncio.sleep(every_seconds)
+
+    task = asyncio.create_task(again(), name="beside")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -219,7 +220,6 @@ class DenseModel:
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Float32 logits [R, V] of the rows [R] of `hidden` [T, H]."""
         normed = self._norm(hidden[rows], "model.norm.weight")
-        if self.config.vocab_size * self.config.hidden_size < LARGE_ELEMENTS:
-            return self._lm_head(normed).float()
-        with all_threads():  # the layers are done, so no worker computes for this router now
+        large = self.config.vocab_size * self.config.hidden_size >= LARGE_ELEMENTS
+        with all_threads() if large else contextlib.nullcontext():  # the layers are done: no worker computes for us now
             return self._lm_head(normed).float()
