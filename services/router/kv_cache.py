@@ -11,12 +11,16 @@ import torch
 from shared.checkpoint import ModelConfig
 from shared.settings import MIB
 
+ROOM_BLOCKS = 16
+"""What a sequence may grow by in one piece: 1024 tokens in blocks of 64."""
+
 
 class BlockPool:
     """Free block numbers. Block 0 is never given out: padding reads it, and it stays zero.
 
     Blocks are given out so that a sequence's lie in one piece as far as possible, as attention then reads them where
-    they are. A new sequence begins in the middle of the largest free run, so that it and its neighbour can both grow.
+    they are. A new sequence begins in the first free run that leaves it and the one before ROOM_BLOCKS to grow: low
+    numbers are used again and again, and memory that no sequence has needed yet is never touched.
     """
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
@@ -46,11 +50,18 @@ class BlockPool:
                 taken += self._cut(at, after + 1, count)
         while len(taken) < count:
             missing = count - len(taken)
-            at = max(range(len(self._runs)), key=lambda i: self._runs[i][1] - self._runs[i][0])
-            first, end = self._runs[at]
-            start = first if first == 1 else min((first + end) // 2, max(first, end - missing))
-            taken += self._cut(at, start, missing)
+            taken += self._cut(*self._place(missing), missing)
         return taken
+
+    def _place(self, count: int) -> tuple[int, int]:
+        """Where `count` blocks begin: (number of the run, block)."""
+        for at, (first, end) in enumerate(self._runs):
+            start = first if first == 1 else first + ROOM_BLOCKS
+            if end - start >= count + ROOM_BLOCKS:
+                return at, start
+        at = max(range(len(self._runs)), key=lambda i: self._runs[i][1] - self._runs[i][0])
+        first, end = self._runs[at]
+        return at, max(first, min((first + end) // 2, end - count))
 
     def _cut(self, at: int, start: int, count: int) -> list[int]:
         """Up to `count` blocks from `start` on, out of the run number `at`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import psutil
 import pytest
 import torch
@@ -48,6 +50,22 @@ def test_sequences_that_grow_in_turns_stay_in_one_piece_while_there_is_room() ->
             blocks.extend(pool.take(1, after=blocks[-1]) or [])
     for blocks in sequences:
         assert blocks == list(range(blocks[0], blocks[0] + 14))
+
+
+def test_sequences_that_come_and_go_use_the_same_blocks_again() -> None:
+    pool = BlockPool(4096, 64)
+    draw = random.Random(0)
+    running: list[list[int]] = []
+    seen: set[int] = set()
+    for _ in range(2000):
+        if len(running) == 16:
+            pool.give_back(running.pop(draw.randrange(16)))
+        blocks = pool.take(draw.randint(1, 4)) or []
+        for _ in range(draw.randint(0, 8)):
+            blocks.extend(pool.take(1, after=blocks[-1]) or [])
+        running.append(blocks)
+        seen.update(blocks)
+    assert len(seen) < 1024, "far more than 16 sequences of at most 12 blocks and their room"
 
 
 def test_a_pool_in_pieces_still_gives_out_all_it_has() -> None:
