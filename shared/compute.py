@@ -63,6 +63,11 @@ def set_threads(settings: ComputeSettings) -> None:
 _most_threads = 1
 
 
+def most_threads() -> int:
+    """Threads for work on which this process' neighbours wait: TORCH_THREADS, or as many as it may use cores."""
+    return _most_threads
+
+
 @contextlib.contextmanager
 def all_threads() -> Iterator[None]:
     """For a large product while the neighbours wait for this process: TORCH_THREADS, or all cores.

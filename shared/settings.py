@@ -62,7 +62,16 @@ class ComputeSettings(ServiceSettings):
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's own")
     expert_shards: int = Field(2, ge=1, le=1024, description="expert e belongs to shard e mod EXPERT_SHARDS")
-    torch_threads: int = Field(0, ge=0, le=1024, description="threads per process for torch (0: chosen from the cores)")
+    torch_threads: int = Field(0, ge=0, le=1024, description="threads per process (0: chosen from the cores)")
+    enable_compilation: bool | None = Field(
+        None, description="compile our kernels at start (default: where that pays and g++ or clang++ is there)"
+    )
+
+    @model_validator(mode="after")
+    def _compilation_fits(self) -> Self:
+        if self.device != "cpu" and self.enable_compilation:
+            raise ValueError(f"ENABLE_COMPILATION=true needs DEVICE=cpu, not {self.device}")
+        return self
 
 
 class GatewaySettings(ServiceSettings):
@@ -118,9 +127,6 @@ class ExpertSettings(ComputeSettings):
     workers: int = Field(2, ge=1, le=1024, description="expert workers that start together and share the shards")
     shards: str | None = Field(None, pattern=r"^\d+(,\d+)*$", description="pin this worker to these shards: 0,2")
     max_pending_calls: int = Field(64, ge=1, le=65536, description="calls in a worker's line; more are refused")
-    enable_compilation: bool | None = Field(
-        None, description="compile the experts' kernel at start (default: where it pays and g++ or clang++ is there)"
-    )
     widen_weights: Literal["auto", "on", "off"] = Field(
         "auto", description="not compiled: keep bfloat16 experts as float32 (auto: if that pays and memory is ample)"
     )
@@ -139,8 +145,6 @@ class ExpertSettings(ComputeSettings):
     def _options_fit(self) -> Self:
         if self.device != "cpu" and self.quantization != "none":
             raise ValueError(f"QUANTIZATION={self.quantization} needs DEVICE=cpu, not {self.device}")
-        if self.device != "cpu" and self.enable_compilation:
-            raise ValueError(f"ENABLE_COMPILATION=true needs DEVICE=cpu, not {self.device}")
         if self.device != "cpu" and self.widen_weights == "on":
             raise ValueError(f"WIDEN_WEIGHTS=on needs DEVICE=cpu, not {self.device}")
         if self.quantization != "none" and self.widen_weights == "on":

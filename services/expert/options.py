@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import structlog
 import torch
 
 from shared.checkpoint import ModelConfig
-from shared.errors import StartError
 from shared.experts import ExpertOptions
-from shared.kernels.build import find_compiler, load_kernels
-from shared.kernels.experts import DTYPES
+from shared.kernels.choice import Decision, compile_kernels, dtype_name
 from shared.linear import has_native_bfloat16
 from shared.memory import available_memory
 from shared.pruning import kept_channels
@@ -21,14 +18,6 @@ from shared.settings import ExpertSettings
 log = structlog.get_logger()
 
 SHARE_OF_MEMORY = 0.5
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Yes or no, and why, for the log."""
-
-    yes: bool
-    reason: str
 
 
 def choose_options(
@@ -42,21 +31,7 @@ def choose_options(
     """
     int8 = settings.quantization == "8bit"
     weights = torch.int8 if int8 else dtype
-    compilation = choose_compilation(
-        settings.enable_compilation,
-        weights=weights,
-        device=device,
-        native=has_native_bfloat16(),
-        avx512=bool(torch.cpu.get_capabilities().get("avx512_f")),
-        compiler=find_compiler(),
-    )
-    if compilation.yes:
-        try:
-            load_kernels()
-        except StartError as error:
-            if settings.enable_compilation:
-                raise
-            compilation = Decision(False, str(error))
+    compilation = compile_kernels(settings.enable_compilation, weights, device, native=has_native_bfloat16())
     widening = choose_widening(
         settings.widen_weights,
         weights=weights,
@@ -77,51 +52,6 @@ def choose_options(
         sparsity=settings.sparsity_ratio,
         compiled=compilation.yes,
     )
-
-
-def choose_compilation(
-    setting: bool | None,
-    *,
-    weights: torch.dtype,
-    device: torch.device,
-    native: bool,
-    avx512: bool,
-    compiler: str | None,
-) -> Decision:
-    """Decide, for the setting ENABLE_COMPILATION.
-
-    Args:
-        setting: as the user chose; None: where it pays.
-        weights: what the experts' weights are kept in.
-        device: where they are computed.
-        native: this CPU multiplies bfloat16 itself.
-        avx512: this CPU has AVX-512, which the kernel is written for; elsewhere it is right and slow.
-        compiler: the C++ compiler, if there is one.
-
-    Raises:
-        StartError: it is asked for, and these weights have no compiled kernel.
-
-    """
-    if setting is False:
-        return Decision(False, "ENABLE_COMPILATION=false")
-    if device.type != "cpu" or weights not in DTYPES:
-        reason = f"the compiled kernel is not for {_name(weights)} on {device.type}"
-        if setting:
-            raise StartError(f"ENABLE_COMPILATION=true: {reason}; use DTYPE=bfloat16 or float32, or QUANTIZATION=8bit")
-        return Decision(False, reason)
-    if setting:
-        return Decision(True, "ENABLE_COMPILATION=true")
-    if weights is torch.bfloat16 and native:
-        return Decision(False, "this CPU multiplies bfloat16 itself")
-    if not avx512:
-        return Decision(False, "the compiled kernel is slow without AVX-512")
-    if compiler is None:
-        return Decision(False, "no C++ compiler (g++ or clang++) is installed")
-    return Decision(True, f"{compiler} is there")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def widened_bytes(config: ModelConfig, *, workers: int, shards: int) -> int:
@@ -157,7 +87,7 @@ def choose_widening(
 
     """
     if weights is not torch.bfloat16 or device.type != "cpu":
-        return Decision(False, f"nothing to widen: {_name(weights)} on {device.type}")
+        return Decision(False, f"nothing to widen: {dtype_name(weights)} on {device.type}")
     if compiled:
         return Decision(False, "the compiled kernel widens as it reads")
     if setting != "auto":

@@ -21,11 +21,6 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _read(cache: torch.Tensor, context: Context) -> torch.Tensor:
     """The context's L slots of `cache` [slots, kv_heads, D]: [1, kv_heads, L, D]."""
-    if isinstance(context.slots, slice):
-        _, kv_heads, dim = cache.shape
-        # One call in place of three: this is done for every sequence in every layer.
-        shape, stride = (1, kv_heads, context.length, dim), (0, dim, kv_heads * dim, 1)
-        return cache.as_strided(shape, stride, cache.storage_offset() + context.slots.start * kv_heads * dim)
     # index_select copies whole slots; indexing with a tensor takes three times as long.
     read = torch.index_select(cache.view(cache.shape[0], -1), 0, context.slots).view(-1, *cache.shape[1:])
     return read.transpose(0, 1).unsqueeze(0)
@@ -35,9 +30,6 @@ def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch, window: int | None
 ) -> torch.Tensor:
     """Attend each row of the batch to its own sequence's past.
-
-    Sequence by sequence, so that nothing need be gathered into one tensor: a context that lies in one piece is read
-    where it is.
 
     Args:
         query: [T, heads, D], rotated.
@@ -56,8 +48,9 @@ def attend(
     dtype, device = keys.dtype, query.device
     given, query = query.dtype, query.to(dtype)
     parts: list[torch.Tensor] = []  # [n, heads, D] each, in the rows' order
-    if batch.decodes:
-        count = len(batch.decodes)
+    decodes = [c for c in batch.contexts if c.count == 1]
+    if decodes:
+        count = len(decodes)
         # The heads that share keys are the rows of one product.
         q = query[:count].view(count, kv_heads, group, dim)
         if group == 1 and dtype is torch.float32:
@@ -67,10 +60,10 @@ def attend(
             F.scaled_dot_product_attention(
                 each, _read(keys, c), _read(values, c), attn_mask=c.mask(window, dtype, device)
             )
-            for each, c in zip(torch.split(q, 1), batch.decodes, strict=True)
+            for each, c in zip(torch.split(q, 1), decodes, strict=True)
         ]
         parts.append(torch.cat(ys)[:, :, :group].reshape(count, heads, dim))
-    for c in batch.prefills:
+    for c in batch.contexts[len(decodes) :]:
         own = query[c.row : c.row + c.count]  # [n, heads, D]
         k, v = _read(keys, c), _read(values, c)
         if c.is_whole and window is None:

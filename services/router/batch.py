@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -37,17 +38,20 @@ class Span:
 class Context:
     """Rows [row, row + count) of a batch: a sequence's tokens from position `start`, and the slots that they see.
 
-    L is the sequence's length so far, padded; what lies past its end is zero.
+    L is the sequence's length so far, padded; what lies past its end is read from block 0, which is zero.
     """
 
     row: int
     count: int
     start: int
-    length: int
-    """L"""
-    slots: slice | torch.Tensor
-    """The L slots: a slice where they lie in one piece, which is read without a copy; else their numbers [L]."""
+    slots: torch.Tensor
+    """[L]"""
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """L, a multiple of CONTEXT_MULTIPLE."""
+        return int(self.slots.shape[0])
 
     @property
     def is_whole(self) -> bool:
@@ -75,6 +79,8 @@ class Context:
 class Batch:
     """T tokens of one step. Decoding sequences come first."""
 
+    spans: list[Span]
+    block_tokens: int
     token_ids: torch.Tensor
     """[T]"""
     positions: torch.Tensor
@@ -83,11 +89,6 @@ class Batch:
     """[T]"""
     slots: torch.Tensor
     """[T]: where each token's key and value go."""
-    blank: torch.Tensor | None
-    """Slots to be zeroed: read as padding behind a sequence's end, where it has just come to."""
-    decodes: list[Context]
-    """Of the rows [0, B): one token each."""
-    prefills: list[Context]
     logits_rows: torch.Tensor
     """[R] rows whose logits are wanted, in order."""
 
@@ -95,22 +96,22 @@ class Batch:
     def size(self) -> int:
         return int(self.token_ids.shape[0])
 
+    @functools.cached_property
+    def contexts(self) -> list[Context]:
+        """What each span's rows see, in the rows' order."""
+        contexts, row = [], 0
+        for span in self.spans:
+            slots = _seen(span.blocks, self.block_tokens, span.end).to(self.slots.device)
+            contexts.append(Context(row, len(span.token_ids), span.start, slots))
+            row += len(span.token_ids)
+        return contexts
 
-def _slot(blocks: list[int], block_tokens: int, position: int) -> int:
-    return blocks[position // block_tokens] * block_tokens + position % block_tokens
 
-
-def _seen(blocks: list[int], block_tokens: int, end: int, device: torch.device) -> slice | torch.Tensor:
+def _seen(blocks: list[int], block_tokens: int, end: int) -> torch.Tensor:
     """The slots of a sequence's positions [0, end), padded."""
-    length = padded(end)
-    used = blocks[: -(-length // block_tokens)]
-    first = used[0]
-    if block_tokens % CONTEXT_MULTIPLE == 0 and used == list(range(first, first + len(used))):
-        return slice(first * block_tokens, first * block_tokens + length)
-    positions = torch.arange(end)
-    slots = torch.tensor(blocks)[positions // block_tokens] * block_tokens + positions % block_tokens
-    # Slots past a sequence's end may be another's: read block 0, which is zero.
-    return F.pad(slots, (0, length - end)).to(device)
+    used = torch.tensor(blocks[: -(-end // block_tokens)])
+    slots = (used[:, None] * block_tokens + torch.arange(block_tokens)).flatten()[:end]
+    return F.pad(slots, (0, padded(end) - end))
 
 
 def build_batch(spans: list[Span], block_tokens: int, device: torch.device) -> Batch:
@@ -119,29 +120,20 @@ def build_batch(spans: list[Span], block_tokens: int, device: torch.device) -> B
     positions: list[int] = []
     lengths: list[int] = []
     slots: list[int] = []
-    blank: list[int] = []
     logits_rows: list[int] = []
-    decodes: list[Context] = []
-    prefills: list[Context] = []
     for span in spans:
-        row, count, end = len(token_ids), len(span.token_ids), span.end
+        row, end, blocks = len(token_ids), span.end, span.blocks
         token_ids += span.token_ids
         positions += range(span.start, end)
         lengths += [max(span.prompt_length, position + 1) for position in range(span.start, end)]
-        logits_rows += range(row + max(0, span.logits_from - span.start), row + count)
-        slots += [_slot(span.blocks, block_tokens, position) for position in range(span.start, end)]
-        seen = _seen(span.blocks, block_tokens, end, device)
-        if isinstance(seen, slice) and padded(end) - CONTEXT_MULTIPLE >= span.start:
-            blank += range(slots[-1] + 1, seen.stop)
-        context = Context(row, count, span.start, padded(end), seen)
-        (prefills if count > 1 else decodes).append(context)
+        logits_rows += range(row + max(0, span.logits_from - span.start), row + len(span.token_ids))
+        slots += [blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(span.start, end)]
     return Batch(
+        spans=spans,
+        block_tokens=block_tokens,
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.tensor(positions, device=device),
         rope_lengths=torch.tensor(lengths, device=device),
         slots=torch.tensor(slots, device=device),
-        blank=torch.tensor(blank, device=device) if blank else None,
-        decodes=decodes,
-        prefills=prefills,
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
     )

@@ -196,7 +196,7 @@ def combine(hidden: torch.Tensor, calls: list[Call], answers: list[bytes]) -> to
     """Add the partial sums in shard order, so that the sum does not depend on who answers first.
 
     Args:
-        hidden: [T, H], what was asked: the result has its shape, dtype and device.
+        hidden: [T, H], what was asked: the result has its shape and device.
         calls: the calls, in shard order.
         answers: an encoded ExpertsReply to each, with a row for each of the call's rows.
 
@@ -214,8 +214,7 @@ def combine(hidden: torch.Tensor, calls: list[Call], answers: list[bytes]) -> to
     rows = torch.from_numpy(np.concatenate([call.rows for call in calls]))
     values = torch.from_numpy(np.concatenate(parts)).view(hidden.dtype).view(-1, width)
     # Row by row, in the order given: the partial sums of a token in shard order.
-    out = torch.zeros(hidden.shape, dtype=torch.float32).index_add_(0, rows, values.float())
-    return out.to(hidden.device, hidden.dtype)
+    return torch.zeros(hidden.shape, dtype=torch.float32).index_add_(0, rows, values.float()).to(hidden.device)
 
 
 def _headers(timeout: float) -> Headers:

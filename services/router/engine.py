@@ -13,7 +13,7 @@ import torch
 from services.router.batch import Batch, Span, build_batch
 from services.router.experts import Experts
 from services.router.forward import StepResult, forward
-from services.router.kv_cache import BlockPool, KVCache
+from services.router.kv_cache import BlockPool
 from services.router.messages import FinishReason, GenerateChunk, TokenLogprob
 from services.router.model import DenseModel
 from services.router.sampling import logprobs, sample
@@ -68,7 +68,6 @@ class Engine:
         experts: Experts,
         compute: Compute,
         scheduler: Scheduler,
-        cache: KVCache,
         sink: Sink,
         *,
         model_name: str = "",
@@ -77,7 +76,6 @@ class Engine:
         self._experts = experts
         self._compute = compute
         self._scheduler = scheduler
-        self._cache = cache
         self._sink = sink
         self._wake = asyncio.Event()
         self._sequences: dict[str, Sequence] = {}
@@ -155,7 +153,7 @@ class Engine:
         want_routing = any(w.sequence.request.return_routing for w in work)
         rows = sum(w.count for w in work)
         batch = await self._compute(self._build, work, rows=rows)
-        result = await forward(self._model, self._experts, self._compute, self._cache, batch, want_routing=want_routing)
+        result = await forward(self._model, self._experts, self._compute, batch, want_routing=want_routing)
         emissions = await self._compute(self._sample, work, batch, result, rows=rows)
         await self._emit(work, emissions)
         await asyncio.sleep(0)  # what was told leaves before the next step computes

@@ -23,7 +23,7 @@ class Question(Protocol):
         ...
 
     def result(self) -> torch.Tensor:
-        """[T, H], in the dtype of the hidden states: the weighted sum of each token's experts. Only after `ask`.
+        """[T, H] float32: the weighted sum of each token's experts. Only after `ask`.
 
         Raises:
             MoeError: `shard_unavailable`, if an answer is no answer.
@@ -85,4 +85,4 @@ class LocalQuestion:
 
     def result(self) -> torch.Tensor:
         assert self._out is not None  # noqa: S101 - `ask` comes first
-        return self._out
+        return self._out.float()

@@ -9,7 +9,6 @@ import torch
 
 from services.router.batch import Batch
 from services.router.experts import Experts, Question
-from services.router.kv_cache import KVCache
 from services.router.model import DenseModel, Routing
 from shared.compute import Compute
 
@@ -32,7 +31,7 @@ class MoeLayer:
     """[T, H]: the shared expert's part, computed while the routed ones are away."""
 
     def result(self) -> torch.Tensor:
-        """Routed experts plus shared expert [T, H]."""
+        """Routed experts plus shared expert [T, H], float32."""
         routed = self.question.result()
         return routed if self.shared is None else routed + self.shared
 
@@ -60,11 +59,11 @@ async def moe_layer(
         experts.question, layer, routing.hidden, routing.top_k_index, routing.top_k_weights, rows=rows
     )
     answered = await ask(model, compute, layer, routing, question)
-    return await compute(answered.result, rows=rows)
+    return (await compute(answered.result, rows=rows)).to(routing.hidden.dtype)
 
 
 async def forward(
-    model: DenseModel, experts: Experts, compute: Compute, cache: KVCache, batch: Batch, *, want_routing: bool = False
+    model: DenseModel, experts: Experts, compute: Compute, batch: Batch, *, want_routing: bool = False
 ) -> StepResult:
     """All of the batch's tokens through all layers, together.
 
@@ -75,21 +74,22 @@ async def forward(
 
     """
     rows = batch.size
-    hidden, cos, sin = await compute(model.embed, batch, rows=rows)  # [T, H]
+    step = await compute(model.begin, batch, rows=rows)
+    hidden = step.hidden  # [T, H]
     before: MoeLayer | None = None
     taken: list[torch.Tensor] = []
     moe_layers = frozenset(model.config.moe_layers)
 
     def complete(hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
-        return hidden if before is None else hidden + before.result()
+        return hidden if before is None else hidden + before.result().to(hidden.dtype)
 
     def to_experts(layer: int, hidden: torch.Tensor, before: MoeLayer | None) -> tuple[torch.Tensor, Routing, Question]:
-        hidden = model.attention(layer, complete(hidden, before), cos, sin, batch, cache)
+        hidden = step.attention(layer, complete(hidden, before))
         routing = model.route(layer, hidden)
         return hidden, routing, experts.question(layer, routing.hidden, routing.top_k_index, routing.top_k_weights)
 
     def dense_layer(layer: int, hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
-        return model.dense_mlp(layer, model.attention(layer, complete(hidden, before), cos, sin, batch, cache))
+        return model.dense_mlp(layer, step.attention(layer, complete(hidden, before)))
 
     def logits(hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
         return model.logits(complete(hidden, before), batch.logits_rows)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from services.router.attention import attend
+from services.router.attention import attend, working_dtype
 from services.router.batch import Batch
 from services.router.kv_cache import KVCache
 from services.router.rope import RotaryEmbedding, rotate
@@ -21,6 +22,8 @@ from shared.linear import Linear
 from shared.tensors import TensorReader
 
 Weights = dict[str, torch.Tensor]
+Matrix = Callable[[torch.Tensor], torch.Tensor]
+"""`x` [T, in] to [T, out]."""
 GATE_PROJ = "gate_proj.weight"
 LARGE_ELEMENTS = 4_000_000
 """From so many weights on a product is worth all threads."""
@@ -36,6 +39,34 @@ class Routing:
     """[T, k] int64."""
     top_k_weights: torch.Tensor
     """[T, k] float32."""
+
+
+class Step(Protocol):
+    """A batch on its way through the layers."""
+
+    hidden: torch.Tensor
+    """[T, H]: the tokens' embeddings."""
+
+    def attention(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden [T, H] plus the layer's attention [T, H]; writes the rows' keys and values to the cache.
+
+        `hidden` may be written over.
+        """
+        ...
+
+
+@dataclass
+class TorchStep:
+    """With the rotations of its rows, cos and sin [T, 1, D]."""
+
+    model: DenseModel
+    batch: Batch
+    hidden: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def attention(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.attend(layer, hidden, self.batch, self.cos, self.sin)
 
 
 def weight_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -90,18 +121,31 @@ class DenseModel:
     def __init__(self, config: ModelConfig, weights: Weights, gates: dict[int, torch.Tensor]) -> None:
         self.config = config
         embeddings = weights["model.embed_tokens.weight"]
-        # On a CPU without bfloat16 of its own the dense part is kept in float32: it is small beside the experts.
-        self._linears: dict[str, Linear] = {}
+        self._linears: dict[str, Matrix] = {}
         for name in [n for n, weight in weights.items() if weight.dim() == 2 and weight is not embeddings]:
             stem = name.removesuffix(".weight")
-            self._linears[stem] = Linear(weights.pop(name), weights.pop(f"{stem}.bias", None), widen=True)
-        self._gates = {layer: Linear(gate, widen=True) for layer, gate in gates.items()}
+            self._linears[stem] = self._matrix(weights.pop(name), weights.pop(f"{stem}.bias", None))
+        self._gates = {layer: self._matrix(gate) for layer, gate in gates.items()}
         self._vectors = weights
         self._embeddings = embeddings
         self._act = ACTIVATION[config.hidden_act]
         self.device, self.dtype = embeddings.device, embeddings.dtype
-        self._rope = RotaryEmbedding(config, self.device)
-        self._lm_head = Linear(embeddings, widen=True) if config.tie_word_embeddings else self._linears["lm_head"]
+        self.rope = RotaryEmbedding(config, self.device)
+        self._lm_head = self._matrix(embeddings) if config.tie_word_embeddings else self._linears["lm_head"]
+
+    def _matrix(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matrix:
+        # On a CPU without bfloat16 of its own the dense part is kept in float32: it is small beside the experts.
+        return Linear(weight, bias, widen=True)
+
+    @staticmethod
+    def cache_itemsize(dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes of a number in the KV cache of a model of `dtype`."""
+        return working_dtype(dtype, device).itemsize
+
+    def allocate_cache(self, blocks: int, block_tokens: int) -> None:
+        """Make the KV cache, of `blocks` blocks beside block 0."""
+        dtype = working_dtype(self.dtype, self.device)
+        self._cache = KVCache(self.config, blocks, block_tokens, dtype, self.device)
 
     @classmethod
     def load(
@@ -156,17 +200,17 @@ class DenseModel:
         gate, up = self._linear(x, f"{prefix}gate_up_proj").chunk(2, dim=-1)
         return self._linear(self._act(gate) * up, f"{prefix}down_proj")
 
-    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states [T, H] of the batch's tokens, and their rotations cos, sin [T, 1, D]."""
-        cos, sin = self._rope(batch.positions, batch.rope_lengths)
+    def begin(self, batch: Batch) -> Step:
+        """The batch's way through the layers."""
+        cos, sin = self.rope(batch.positions, batch.rope_lengths)
         hidden = F.embedding(batch.token_ids, self._embeddings)
-        return hidden, cos.to(self.dtype), sin.to(self.dtype)
+        return TorchStep(self, batch, hidden, cos.to(self.dtype), sin.to(self.dtype))
 
-    def attention(
-        self, layer: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: Batch, cache: KVCache
+    def attend(
+        self, layer: int, hidden: torch.Tensor, batch: Batch, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """Hidden [T, H] plus the layer's attention [T, H]; writes the step's keys and values to the cache."""
-        c = self.config
+        """`hidden` [T, H] plus the layer's attention, for rotations cos and sin [T, 1, D]."""
+        c, cache = self.config, self._cache
         p = f"{PREFIX.format(layer=layer)}self_attn."
         x = self._norm(hidden, f"{PREFIX.format(layer=layer)}input_layernorm.weight")
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -182,8 +226,6 @@ class DenseModel:
             q, k = self._norm(q, f"{p}q_norm.weight"), self._norm(k, f"{p}k_norm.weight")
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         cache.write(layer, batch.slots, k, v)
-        if batch.blank is not None:
-            cache.clear(layer, batch.blank)
         y = attend(q, cache.keys[layer], cache.values[layer], batch, c.sliding_windows[layer])
         return hidden + self._linear(y, f"{p}o_proj")
 

@@ -108,7 +108,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Make `sequence` have blocks for `tokens` tokens, preempting the latest arrivals; False if it is preempted."""
         while (missing := self.pool.blocks_for(tokens) - len(sequence.blocks)) > 0:
-            blocks = self.pool.take(missing, after=sequence.blocks[-1] if sequence.blocks else None)
+            blocks = self.pool.take(missing)
             if blocks is not None:
                 sequence.blocks += blocks
                 return True

@@ -12,11 +12,10 @@ import structlog
 import torch
 from nats.aio.msg import Msg
 
-from services.router.attention import working_dtype
 from services.router.dispatch import BusExperts
 from services.router.engine import Engine
 from services.router.forward import moe_layer
-from services.router.kv_cache import BlockPool, KVCache, num_blocks
+from services.router.kv_cache import BlockPool, num_blocks
 from services.router.messages import (
     CancelReply,
     CancelRequest,
@@ -26,6 +25,7 @@ from services.router.messages import (
     GenerateRequest,
 )
 from services.router.model import DenseModel, Routing
+from services.router.options import choose_model
 from services.router.scheduler import Scheduler
 from services.router.sequence import Sequence
 from shared import subjects, wire
@@ -72,8 +72,9 @@ class Router:
         self._state: str = "starting"
         self._loaded_bytes = 0
         self._total_bytes = DenseModel.load_bytes(checkpoint, self._dtype.itemsize)
-        self._cache_dtype = working_dtype(self._dtype, self._device)
-        blocks = num_blocks(config, settings.kv_cache_mb, settings.kv_block_tokens, self._cache_dtype.itemsize)
+        self._model_class = choose_model(settings, config, self._dtype, self._device)
+        itemsize = self._model_class.cache_itemsize(self._dtype, self._device)
+        blocks = num_blocks(config, settings.kv_cache_mb, settings.kv_block_tokens, itemsize)
         capacity = blocks * settings.kv_block_tokens - 1
         wanted = min(settings.max_model_len or config.context_length, config.context_length)
         if capacity < 1 or (settings.max_model_len and capacity < wanted):
@@ -113,7 +114,9 @@ class Router:
         s, config = self._settings, self._config
         self._state = "loading"
         self._bus = bus
-        self._model = await self._compute(DenseModel.load, self._checkpoint, self._dtype, self._device, self._on_bytes)
+        load = self._model_class.load
+        self._model = await self._compute(load, self._checkpoint, self._dtype, self._device, self._on_bytes)
+        await self._compute(self._model.allocate_cache, self._blocks, s.kv_block_tokens)
         self._experts = BusExperts(
             bus,
             config,
@@ -128,9 +131,8 @@ class Router:
             prefill_chunk_tokens=s.prefill_chunk_tokens,
             max_waiting=s.max_waiting,
         )
-        cache = await self._compute(KVCache, config, self._blocks, s.kv_block_tokens, self._cache_dtype, self._device)
         self._engine = Engine(
-            self._model, self._experts, self._compute, scheduler, cache, self._deliver, model_name=s.model_name
+            self._model, self._experts, self._compute, scheduler, self._deliver, model_name=s.model_name
         )
         self._engine_task = asyncio.create_task(self._engine.run(), name="engine")
         house = asyncio.create_task(self._keep_house(self._engine, self._experts), name="housekeeping")

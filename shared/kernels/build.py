@@ -1,4 +1,4 @@
-"""Compiles the experts' kernel for the CPU at hand, once, and keeps the result in the user's cache."""
+"""Compiles the kernels for the CPU at hand, once, and keeps the result in the user's cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ import torch
 
 from shared.errors import StartError
 
-SOURCE = Path(__file__).with_name("experts.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("experts.cpp", "dense.cpp"))
+HEADERS = tuple(FOLDER / name for name in ("vectors.h", "tiles.h", "pool.h"))
 COMPILERS = ("g++", "clang++")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
 COMPILE_SECONDS = 120
@@ -43,7 +45,7 @@ def load_kernels() -> ctypes.CDLL:
             f"ENABLE_COMPILATION=true needs a C++ compiler: install {' or '.join(COMPILERS)}, or name one in CXX; "
             "ENABLE_COMPILATION=false does without"
         )
-    name = f"experts-{_fingerprint(compiler)}.so"
+    name = f"kernels-{_fingerprint(compiler)}.so"
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openmoe"
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -64,16 +66,17 @@ def _fingerprint(compiler: str) -> str:
     """Of all that the result depends on."""
     cpu = sorted(torch.cpu.get_capabilities().items())
     status = Path(compiler).resolve().stat()
-    parts = (SOURCE.read_bytes(), FLAGS, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
+    files = [file.read_bytes() for file in (*SOURCES, *HEADERS)]
+    parts = (files, FLAGS, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, target: Path) -> None:
-    command = [compiler, *FLAGS, "-o", str(target), str(SOURCE)]
+    command = [compiler, *FLAGS, "-o", str(target), *map(str, SOURCES)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StartError(f"ENABLE_COMPILATION: {error}") from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StartError(f"ENABLE_COMPILATION: {compiler} does not compile {SOURCE.name}: {last}")
+        raise StartError(f"ENABLE_COMPILATION: {compiler} does not compile our kernels: {last}")

@@ -4,84 +4,17 @@
 // all sums are float32. An output is summed over its inputs one after another, in one order for any number of rows,
 // and a token's experts are added in ascending order: so a token's result does not depend on the rest of the call.
 //
-// Needs GCC or Clang (vector extensions), C++20. Built by shared/kernels/build.py.
+// A pair is a token and one of its experts.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <functional>
-#include <thread>
 #include <vector>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "pool.h"
+#include "tiles.h"
 
 namespace {
-
-constexpr int LANES = 16;
-constexpr int VECTORS = 4;
-constexpr int TILE = LANES * VECTORS;  // outputs that are summed together
-constexpr int HALF = TILE / 2;         // of gate_up: so many of gate, then as many of up
-constexpr int AHEAD = 8192;            // bytes that are fetched into the L2 cache before they are needed
-
-// Rows that are summed together: as many sums as fit into the registers.
-#if defined(__AVX512F__)
-constexpr int ROWS = 6;
-#else
-constexpr int ROWS = 2;
-#endif
-
-typedef float Vec __attribute__((vector_size(64)));
-typedef float LooseVec __attribute__((vector_size(64), aligned(4)));
-typedef int32_t IntVec __attribute__((vector_size(64)));
-typedef uint32_t UintVec __attribute__((vector_size(64)));
-typedef uint16_t ShortVec __attribute__((vector_size(32), aligned(2)));
-typedef int8_t ByteVec __attribute__((vector_size(16), aligned(1)));
-
-using Bfloat16 = uint16_t;
-
-inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
-#if defined(__AVX512F__)  // what compilers make of the general form below is several times slower
-inline Vec load(const Bfloat16* p) {
-  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
-}
-inline Vec load(const int8_t* p) {
-  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
-}
-#else
-inline Vec load(const Bfloat16* p) {
-  return (Vec)(__builtin_convertvector(*reinterpret_cast<const ShortVec*>(p), UintVec) << 16);
-}
-inline Vec load(const int8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const ByteVec*>(p), IntVec), Vec);
-}
-#endif
-inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
-
-// e^x, to 2 units in the last place. Range reduction by powers of two, then the Taylor series on [-ln 2 / 2, ln 2 / 2].
-inline Vec exponential(Vec x) {
-  const Vec low = Vec{} - 87.0f, high = Vec{} + 88.0f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
-  const Vec shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec n = (x * 1.44269504f + shift) - shift;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = Vec{} + 1.0f / 5040;
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-  return p * (Vec)power;
-}
 
 enum Activation : int { SILU, GELU, GELU_TANH, RELU };
 
@@ -102,21 +35,6 @@ inline Vec activate(Vec x, int activation) {
     }
     default:
       return x > Vec{} ? x : Vec{};
-  }
-}
-
-// The sums of R rows x[r] [inputs] with one tile of weights, [inputs][TILE].
-template <class W, int R>
-inline void sums(const W* w, const float* const* x, int64_t inputs, Vec (&acc)[R][VECTORS]) {
-  for (auto& row : acc)
-    for (auto& v : row) v = Vec{};
-  for (int64_t k = 0; k < inputs; k++, w += TILE) {
-    for (size_t line = 0; line < TILE * sizeof(W); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD + line, 0, 2);
-    Vec wide[VECTORS];
-    for (int j = 0; j < VECTORS; j++) wide[j] = load(w + j * LANES);
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < VECTORS; j++) acc[r][j] += wide[j] * x[r][k];
   }
 }
 
@@ -198,48 +116,6 @@ void all_rows(const Call& c, const Expert& e, int64_t tile, int64_t first, int64
     if (first < last) all_rows<W, DOWN, R - 1>(c, e, tile, first, last);
 }
 
-// Threads that wait in the kernel, not on the processor: their neighbours compute too.
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 1; i < threads; i++) threads_.emplace_back([this] { work(); });
-  }
-  // task(0), ..., task(count - 1), in any order, on all threads; returns when all are done.
-  void run(int64_t count, const std::function<void(int64_t)>& task) {
-    if (threads_.empty() || count == 1) {
-      for (int64_t i = 0; i < count; i++) task(i);
-      return;
-    }
-    task_ = &task;
-    count_ = count;
-    next_ = 0;
-    busy_ = static_cast<int>(threads_.size());
-    round_++;
-    round_.notify_all();
-    take();
-    for (int busy = busy_; busy; busy = busy_) busy_.wait(busy);
-  }
-
- private:
-  void take() {
-    for (int64_t i; (i = next_++) < count_;) (*task_)(i);
-  }
-  void work() {
-    for (uint32_t seen = 0;;) {
-      round_.wait(seen);
-      seen++;
-      take();
-      if (--busy_ == 0) busy_.notify_one();
-    }
-  }
-  std::vector<std::thread> threads_;  // they are as old as the process
-  const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t count_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
-  std::atomic<uint32_t> round_{0};
-};
-
 template <class W>
 void forward(const Call& c, int64_t num_experts, Pool& pool, int threads) {
   const int64_t inner_tiles = c.inner / HALF, output_tiles = c.outputs / TILE;
@@ -257,23 +133,6 @@ void forward(const Call& c, int64_t num_experts, Pool& pool, int threads) {
       for (int64_t tile = part * output_tiles / parts; tile < (part + 1) * output_tiles / parts; tile++)
         all_rows<W, true>(c, c.experts[e], tile, c.starts[e], c.starts[e + 1]);
   });
-}
-
-// Rows of `in` [outputs][inputs] -> [outputs / TILE][inputs][TILE], a tile made of rows of `a` and then of `b`.
-template <class W>
-void pack(const W* a, const W* b, W* packed, int64_t from_a, int64_t from_b, int64_t rows_a, int64_t rows_b,
-          int64_t inputs, int64_t padded, int64_t tiles) {
-  constexpr int64_t BLOCK = 64;
-  for (int64_t tile = 0; tile < tiles; tile++)
-    for (int64_t k0 = 0; k0 < padded; k0 += BLOCK)
-      for (int64_t j = 0; j < TILE; j++) {
-        const bool of_a = j < from_a;
-        const int64_t row = of_a ? tile * from_a + j : tile * from_b + j - from_a;
-        const W* source = row < (of_a ? rows_a : rows_b) ? (of_a ? a : b) + row * inputs : nullptr;
-        W* target = packed + tile * padded * TILE + j;
-        for (int64_t k = k0; k < std::min(padded, k0 + BLOCK); k++)
-          target[k * TILE] = source && k < inputs ? source[k] : W{};
-      }
 }
 
 }  // namespace

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from services.expert.options import choose_compilation, choose_widening, widened_bytes
+from services.expert.options import choose_widening, widened_bytes
 from shared.checkpoint import Checkpoint
 from shared.errors import StartError
 from shared.experts import ExpertBank, ExpertOptions
+from shared.kernels.choice import choose_compilation
 from tests.oracle import make_checkpoint
 
 CPU = torch.device("cpu")

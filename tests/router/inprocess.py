@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from services.router.compiled_model import CompiledModel
 from services.router.engine import Engine
 from services.router.experts import LocalExperts
-from services.router.kv_cache import BlockPool, KVCache
+from services.router.kv_cache import BlockPool
 from services.router.messages import GenerateChunk, GenerateRequest
 from services.router.model import DenseModel
 from services.router.scheduler import Scheduler
@@ -73,14 +74,22 @@ class LocalEngine:
 
 @contextlib.asynccontextmanager
 async def local_engine(
-    path: Path, *, blocks: int = 256, block_tokens: int = 4, batch_size: int = 16, prefill_chunk_tokens: int = 16
+    path: Path,
+    *,
+    blocks: int = 256,
+    block_tokens: int = 4,
+    batch_size: int = 16,
+    prefill_chunk_tokens: int = 16,
+    compiled: bool = False,
 ) -> AsyncIterator[LocalEngine]:
     """An engine of the checkpoint at `path`, running until the block ends."""
     checkpoint = Checkpoint.open(path)
     config = checkpoint.config
     dtype, device = TORCH_DTYPE[config.dtype], torch.device("cpu")
     compute = Compute()
-    model = DenseModel.load(checkpoint, dtype, device, lambda _: None)
+    kind = CompiledModel if compiled else DenseModel
+    model = kind.load(checkpoint, dtype, device, lambda _: None)
+    model.allocate_cache(blocks, block_tokens)
     bank = ExpertBank(checkpoint, dtype=dtype, device=device)
     bank.load(range(config.num_experts))
     scheduler = Scheduler(
@@ -89,13 +98,12 @@ async def local_engine(
         prefill_chunk_tokens=prefill_chunk_tokens,
         max_waiting=1000,
     )
-    cache = KVCache(config, blocks, block_tokens, dtype, device)
     local: LocalEngine
 
     async def sink(sequence: Sequence, chunk: GenerateChunk | MoeError) -> None:
         await local.sink(sequence, chunk)
 
-    engine = Engine(model, LocalExperts(bank, compute), compute, scheduler, cache, sink)
+    engine = Engine(model, LocalExperts(bank, compute), compute, scheduler, sink)
     local = LocalEngine(engine, scheduler, frozenset(config.eos_token_ids))
     task = asyncio.create_task(engine.run(), name="engine")
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from services.router.messages import GenerateRequest, Sampling
+from shared.kernels.build import find_compiler
 from shared.linear import Linear
 from shared.tensors import from_wire
 from tests.oracle import VOCAB, make_checkpoint
@@ -18,13 +20,13 @@ from tests.router.inprocess import Result, local_engine
 LENGTHS = (1, 2, 3, 9, 16, 17, 30, 5, 11, 1, 23, 40, 55, 100)
 
 
-def requests(name: str) -> list[GenerateRequest]:
+def requests(name: str, max_tokens: int = 24) -> list[GenerateRequest]:
     draw = random.Random(3)
     return [
         GenerateRequest(
             id=f"{name}-{number}",
             token_ids=[draw.randrange(2, VOCAB) for _ in range(length)],
-            max_tokens=24,
+            max_tokens=max_tokens,
             sampling=Sampling(seed=number, temperature=1.5),
             ignore_eos=True,
             return_logits=True,
@@ -38,20 +40,27 @@ def logits(result: Result) -> torch.Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("variant", ["mixtral", "qwen2", "olmoe"])
-async def test_logits_in_a_crowd_are_those_alone_to_the_bit(variant: str, tmp_path: Path) -> None:
+FORMS: dict[str, dict[str, Any]] = {
+    "torch": {"block_tokens": 4, "blocks": 256},
+    "compiled": {"block_tokens": 64, "blocks": 32, "compiled": True},
+}
+PRESSED = {"torch": {**FORMS["torch"], "blocks": 40}, "compiled": {**FORMS["compiled"], "blocks": 7}}
+with_compiler = pytest.mark.skipif(find_compiler() is None, reason="needs g++ or clang++")
+
+
+@pytest.mark.parametrize("form", ["torch", pytest.param("compiled", marks=with_compiler)])
+@pytest.mark.parametrize("variant", ["mixtral", "qwen2", "olmoe", "qwen3-sliding"])
+async def test_logits_in_a_crowd_are_those_alone_to_the_bit(variant: str, form: str, tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "m", variant)
-    async with local_engine(path, prefill_chunk_tokens=256) as engine:
-        alone = [await engine.generate(request) for request in requests("alone")]
-        crowd = await asyncio.gather(*(engine.generate(request) for request in requests("crowd")))
-    async with local_engine(path, blocks=40, prefill_chunk_tokens=7) as engine:
-        pressed = await asyncio.gather(*(engine.generate(request) for request in requests("pressed")))
+    new = 16 + 2 * FORMS[form]["block_tokens"]
+    async with local_engine(path, prefill_chunk_tokens=256, **FORMS[form]) as engine:
+        alone = [await engine.generate(request) for request in requests("alone", new)]
+        crowd = await asyncio.gather(*(engine.generate(request) for request in requests("crowd", new)))
+    async with local_engine(path, prefill_chunk_tokens=7, **PRESSED[form]) as engine:
+        pressed = await asyncio.gather(*(engine.generate(request) for request in requests("pressed", new)))
         assert engine.scheduler.preemptions > 0
-    async with local_engine(path, blocks=64, block_tokens=64, prefill_chunk_tokens=50) as engine:
-        one_piece = await asyncio.gather(*(engine.generate(request) for request in requests("one-piece")))
-    for one, many, few, whole in zip(alone, crowd, pressed, one_piece, strict=True):
-        assert one.tokens == many.tokens == few.tokens == whole.tokens
-        assert torch.equal(logits(one), logits(whole))
+    for one, many, few in zip(alone, crowd, pressed, strict=True):
+        assert one.tokens == many.tokens == few.tokens
         assert torch.equal(logits(one), logits(many))
         assert torch.equal(logits(one), logits(few))
 

@@ -72,9 +72,7 @@ class Simulation:
     def check_blocks(self) -> None:
         scheduler = self.scheduler
         held = [block for s in self.alive.values() for block in s.blocks]
-        assert Counter(held) + Counter(
-            block for first, end in scheduler.pool._runs for block in range(first, end)
-        ) == Counter(range(1, self.blocks + 1))
+        assert Counter(held) + Counter(scheduler.pool._free) == Counter(range(1, self.blocks + 1))
         assert {*scheduler.running, *scheduler.waiting} == {*self.alive.values()}
         assert len(scheduler.running) + len(scheduler.waiting) == len(self.alive)
         assert not any(s.blocks or s.computed for s in scheduler.waiting)

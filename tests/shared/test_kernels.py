@@ -85,5 +85,5 @@ def test_a_compiler_that_fails_is_named_with_its_last_line(tmp_path: Path, monke
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(StartError, match=r"broken does not compile experts\.cpp: no such option"):
+    with pytest.raises(StartError, match=r"broken does not compile our kernels: no such option"):
         load_kernels()
