@@ -1,8 +1,9 @@
 """Random checkpoints in the shapes that are measured: `python -m bench.checkpoints olmoe FOLDER`.
 
-olmoe: OLMoE-1B-7B's shape (arXiv 2409.02060) with 4 of its 16 layers, 3.6 GB; mixtral: 0.7 GB; tiny: overhead only;
-dispatch: one layer for bench.dispatch; layer: one MoE layer, 0.2 GB, in float32. The others are bfloat16. Weights are
-random, so the texts are noise; speed does not depend on what the numbers are.
+olmoe: OLMoE-1B-7B's shape (arXiv 2409.02060) with 4 of its 16 layers, 3.6 GB; mixtral: 0.7 GB; qwen3: Qwen3-MoE's heads
+of 128 (arXiv 2505.09388) and 64 small experts, 0.8 GB; tiny: overhead only; dispatch: one layer for bench.dispatch;
+layer: one MoE layer, 0.2 GB, in float32. The others are bfloat16. Weights are random, so the texts are noise; speed
+does not depend on what the numbers are.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ def _mixtral(**shape: Any) -> Any:
     return MixtralForCausalLM(MixtralConfig(**{**COMMON, "sliding_window": None, **shape}))
 
 
+def _qwen3(**shape: Any) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**COMMON, "norm_topk_prob": True, **shape}))
+
+
 MIXTRAL: dict[str, int] = {
     "hidden_size": 768,
     "intermediate_size": 2048,
@@ -55,6 +62,20 @@ SHAPES: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
         },
     ),
     "mixtral": (_mixtral, MIXTRAL),
+    "qwen3": (
+        _qwen3,
+        {
+            "hidden_size": 1024,
+            "moe_intermediate_size": 256,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_hidden_layers": 6,
+            "vocab_size": 32000,
+        },
+    ),
     "dispatch": (
         _mixtral,
         {
