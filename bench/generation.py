@@ -1,13 +1,18 @@
-"""Generation against transformers on the same machine, in turns: `python -m bench.generation olmoe`.
+"""Generation against peers on the same machine, in turns: `python -m bench.generation olmoe`.
 
 Three rows: one stream, 16 streams (128 prompt tokens, 64 new ones), and the prefill of 1024 tokens. Each round measures
-the peer and then the project; the printed ratio is the median over the rounds, with the least and the greatest.
+every peer and then the project. A ratio is the project's tokens/s by a peer's in the same round: the median over the
+rounds, with the least and the greatest. A line of JSON for each row, then all of them as a table.
+
+Peers are transformers' `generate` and llama.cpp (through llama-cpp-python; the checkpoint is converted to GGUF). What
+is not installed is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -15,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +28,8 @@ from typing import Any
 import httpx
 
 from bench.checkpoints import SHAPES, write
+from bench.peers import ANSWER_SECONDS, KINDS, LLAMA_CPP, PeerKind, choose, peer
 from bench.stack import stack
-
-LOAD_SECONDS = 600
-PEER_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -50,39 +54,6 @@ ROWS = (
 )
 
 
-class Peer:
-    """A process that runs transformers; idle between requests."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    @classmethod
-    async def start(cls, path: Path, threads: int, experts: str) -> Peer:
-        command = (sys.executable, "-m", "bench.transformers_peer", str(path), str(threads), experts)
-        process = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
-        peer = cls(process)
-        if await peer._line(LOAD_SECONDS) != "ready":
-            raise SystemExit("transformers does not load the checkpoint")
-        return peer
-
-    async def _line(self, seconds: float) -> str:
-        assert self._process.stdout is not None  # noqa: S101 - asked for above
-        async with asyncio.timeout(seconds):
-            return (await self._process.stdout.readline()).decode().strip()
-
-    async def run(self, prompts: list[list[int]], max_tokens: int) -> float:
-        """Seconds that these prompts took, together."""
-        assert self._process.stdin is not None  # noqa: S101 - asked for above
-        self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}).encode() + b"\n")
-        return float(json.loads(await self._line(PEER_SECONDS))["seconds"])
-
-    async def stop(self) -> None:
-        self._process.terminate()
-        await self._process.wait()
-
-
 async def ask(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> None:
     """One streamed completion that must have exactly `max_tokens` tokens."""
     body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -103,58 +74,121 @@ async def ours(client: httpx.AsyncClient, prompts: list[list[int]], max_tokens: 
     return time.perf_counter() - start
 
 
-async def measure(path: Path, vocabulary: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def result(row: str, own: Sequence[float], peers: dict[str, list[float]]) -> dict[str, Any]:
+    """One row's figures: rates in tokens/s, of which `own` and each peer have one per round, and their ratios.
+
+    `best` is the peer with the greatest median.
+    """
+    rates = {name: statistics.median(theirs) for name, theirs in peers.items()}
+    ratios = {}
+    for name, theirs in peers.items():
+        each = sorted(mine / its for mine, its in zip(own, theirs, strict=True))
+        ratios[name] = {
+            "ratio": round(statistics.median(each), 2),
+            "least": round(each[0], 2),
+            "greatest": round(each[-1], 2),
+        }
+    return {
+        "row": row,
+        "rounds": len(own),
+        "openmoe": round(statistics.median(own), 1),
+        "peers": {name: {"rate": round(rate, 1), **ratios[name]} for name, rate in rates.items()},
+        "best": max(rates, key=lambda name: rates[name]),
+    }
+
+
+def table(checkpoint: str, results: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    names = list(results[0]["peers"])
+    head = ["checkpoint", "row", *names, "OpenMoE", *(f"ratio to {name}" for name in names), "ratio to the best"]
+    lines = [head, ["---"] * len(head)]
+    for number, found in enumerate(results):
+        peers, best = found["peers"], found["best"]
+        ratios = {name: f"{p['ratio']} ({p['least']} to {p['greatest']})" for name, p in peers.items()}
+        lines.append(
+            [
+                checkpoint if not number else "",
+                found["row"],
+                *(str(p["rate"]) for p in peers.values()),
+                str(found["openmoe"]),
+                *ratios.values(),
+                f"{ratios[best]}, {best}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+async def measure(
+    path: Path, vocabulary: int, kinds: dict[PeerKind, list[str]], arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     draw = random.Random(arguments.seed)
-    peer = await Peer.start(path, arguments.peer_threads, arguments.peer_experts)
     results = []
-    try:
-        async with (
-            stack("--model", str(path), "--experts", str(arguments.experts)) as url,
-            httpx.AsyncClient(base_url=url, timeout=PEER_SECONDS, trust_env=False) as client,
-        ):
-            for row in ROWS:
-                peers: list[float] = []
-                own: list[float] = []
-                for number in range(arguments.rounds + 1):
-                    prompts = [
-                        [draw.randrange(10, vocabulary) for _ in range(row.prompt_tokens)] for _ in range(row.streams)
-                    ]
-                    theirs, mine = await peer.run(prompts, row.max_tokens), await ours(client, prompts, row.max_tokens)
-                    if number:  # the first round warms up
-                        peers.append(row.counted / theirs)
-                        own.append(row.counted / mine)
-                ratios = sorted(mine / theirs for mine, theirs in zip(own, peers, strict=True))
-                result = {
-                    "row": row.name,
-                    "transformers": round(statistics.median(peers), 1),
-                    "openmoe": round(statistics.median(own), 1),
-                    "ratio": round(statistics.median(ratios), 2),
-                    "ratio_least": round(ratios[0], 2),
-                    "ratio_greatest": round(ratios[-1], 2),
-                }
-                results.append(result)
-                print(json.dumps(result), flush=True)
-    finally:
-        await peer.stop()
+    async with contextlib.AsyncExitStack() as running:
+        peers = [await running.enter_async_context(peer(kind, its)) for kind, its in kinds.items()]
+        url = await running.enter_async_context(stack("--model", str(path), "--experts", str(arguments.experts)))
+        client = await running.enter_async_context(
+            httpx.AsyncClient(base_url=url, timeout=ANSWER_SECONDS, trust_env=False)
+        )
+        for row in ROWS:
+            own: list[float] = []
+            theirs: dict[str, list[float]] = {p.name: [] for p in peers}
+            for number in range(arguments.rounds + 1):
+                prompts = [
+                    [draw.randrange(10, vocabulary) for _ in range(row.prompt_tokens)] for _ in range(row.streams)
+                ]
+                seconds = {p.name: await p.run(prompts, row.max_tokens) for p in peers}
+                mine = await ours(client, prompts, row.max_tokens)
+                if number:  # the first round warms up
+                    own.append(row.counted / mine)
+                    for name, its in seconds.items():
+                        theirs[name].append(row.counted / its)
+            results.append(result(row.name, own, theirs))
+            print(json.dumps(results[-1]), flush=True)
     return results
+
+
+def peer_arguments(kind: PeerKind, path: Path, arguments: argparse.Namespace) -> list[str]:
+    """Of the peer's process, which needs the checkpoint in its own format."""
+    threads = str(arguments.peer_threads)
+    if kind is LLAMA_CPP:
+        from bench import gguf_checkpoint
+
+        return [str(gguf_checkpoint.write(path, path.with_name(f"{path.name}.gguf"))), threads]
+    return [str(path), threads, arguments.peer_experts]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help=f"one of {', '.join(sorted(SHAPES))}, which is made")
-    parser.add_argument("--folder", type=Path, help="keep the checkpoint here (default: it is made anew)")
+    parser.add_argument("--folder", type=Path, help="keep the checkpoint and its GGUF file here (default: made anew)")
+    parser.add_argument("--peers", help=f"of {','.join(KINDS)} (default: all that are installed)")
     parser.add_argument("--experts", type=int, default=2, help="expert workers")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--peer-experts", default="grouped_mm", choices=["grouped_mm", "eager", "batched_mm"])
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument(
+        "--peer-experts",
+        default="grouped_mm",
+        choices=["grouped_mm", "eager", "batched_mm"],
+        help="transformers' experts_implementation",
+    )
     arguments = parser.parse_args()
     if arguments.checkpoint not in SHAPES:
         parser.error(f"{arguments.checkpoint} is none of {', '.join(sorted(SHAPES))}")
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    try:
+        chosen, left_out = choose(arguments.peers)
+    except ValueError as error:
+        parser.error(str(error))
+    for line in left_out:
+        print(line, file=sys.stderr)
     vocabulary = SHAPES[arguments.checkpoint][1]["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="openmoe-bench-") as temporary:
         path = write(arguments.checkpoint, (arguments.folder or Path(temporary)) / arguments.checkpoint)
-        asyncio.run(measure(path, vocabulary, arguments))
+        kinds = {kind: peer_arguments(kind, path, arguments) for kind in chosen}
+        results = asyncio.run(measure(path, vocabulary, kinds, arguments))
+    print(f"\n{table(arguments.checkpoint, results)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""transformers' `generate` as a peer of bench.generation: reads one request per line, answers with its seconds."""
+"""transformers' `generate` as a peer of bench.generation."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from typing import Any
 
 import torch
+
+from bench.peers import serve
 
 
 def load(path: str, threads: int, experts: str) -> Any:
@@ -23,23 +23,21 @@ def load(path: str, threads: int, experts: str) -> Any:
 def main() -> None:
     path, threads, experts = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     model = load(path, threads, experts)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        prompts = torch.tensor(request["prompts"])
-        tokens = request["max_tokens"]
-        start = time.perf_counter()
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        ids = torch.tensor(prompts)
         with torch.inference_mode():
             out = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                min_new_tokens=tokens,
-                max_new_tokens=tokens,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=max_tokens,
+                max_new_tokens=max_tokens,
                 do_sample=False,
             )
-        seconds = time.perf_counter() - start
-        assert out.shape[1] == prompts.shape[1] + tokens  # noqa: S101 - else the figure would be of something else
-        print(json.dumps({"seconds": seconds}), flush=True)
+        new: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return new
+
+    serve(generate)
 
 
 if __name__ == "__main__":
