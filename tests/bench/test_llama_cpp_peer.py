@@ -74,8 +74,9 @@ async def test_its_process_answers(tmp_path: Path) -> None:
         assert await running.run(prompts(1, 100), 1) > 0
 
 
-async def test_a_process_that_cannot_load_is_an_error(tmp_path: Path) -> None:
+async def test_a_process_that_cannot_load_says_why(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.gguf").write_bytes(b"no model")
     with pytest.raises(SystemExit, match=r"llama\.cpp's process ended"):
         async with peer(LLAMA_CPP, [str(tmp_path / "model.gguf"), "1"]):
             pass
+    assert "magic" in capfd.readouterr().err
