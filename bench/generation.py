@@ -5,7 +5,7 @@ every peer and then the project. A ratio is the project's tokens/s by a peer's i
 rounds, with the least and the greatest. A line of JSON for each row, then all of them as a table.
 
 Peers are transformers' `generate` and llama.cpp (through llama-cpp-python; the checkpoint is converted to GGUF). What
-is not installed is left out.
+is not installed is left out. vLLM is no peer here: nothing in this script can measure it.
 """
 
 from __future__ import annotations
