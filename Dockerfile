@@ -19,6 +19,13 @@ RUN --mount=type=cache,target=/root/.cache/pip /opt/openmoe/bin/pip install -r r
     && /opt/openmoe/bin/pip uninstall --yes --quiet pip setuptools \
     && cd /opt/openmoe/lib/python3.*/site-packages/torch && rm -rf include test bin/*test* bin/protoc*
 
+# The image has no compiler, so our kernels are compiled here, for any x86-64 CPU with AVX-512.
+FROM dependencies AS kernels
+RUN apt-get update -qq && apt-get install -y -qq --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY shared/__init__.py shared/errors.py shared/
+COPY shared/kernels shared/kernels
+RUN /opt/openmoe/bin/python -m shared.kernels.build
+
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin openmoe
 COPY --from=dependencies /opt/openmoe /opt/openmoe
@@ -27,6 +34,7 @@ COPY models models
 COPY shared shared
 COPY training training
 COPY services services
+COPY --from=kernels /build/shared/kernels/prebuilt shared/kernels/prebuilt
 # Bytecode is made here, as the file system is read-only later.
 RUN /opt/openmoe/bin/python -m compileall -q services shared training
 ENV PATH=/opt/openmoe/bin:$PATH \

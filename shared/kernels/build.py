@@ -1,4 +1,8 @@
-"""Compiles the kernels for the CPU at hand, once, and keeps the result in the user's cache."""
+"""Compiles the kernels for the CPU at hand, once, and keeps the result in the user's cache.
+
+`python -m shared.kernels.build` compiles them for any x86-64 CPU with AVX-512 instead and puts them beside the source,
+where they are found without a compiler: for a container image.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +27,11 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("experts.cpp", "dense.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("vectors.h", "tiles.h", "pool.h"))
 COMPILERS = ("g++", "clang++")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread")
+NATIVE = "-march=native"
+PREBUILT = FOLDER / "prebuilt" / "x86-64-v4.so"
+PREBUILT_NEEDS = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl")
+"""Of the CPU. Source: x86-64 psABI, micro-architecture level 4."""
 COMPILE_SECONDS = 120
 
 
@@ -31,14 +40,23 @@ def find_compiler() -> str | None:
     return next((found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), None)
 
 
+def find_prebuilt() -> Path | None:
+    """The kernels that came with the program, where they are and this CPU runs them."""
+    capabilities = torch.cpu.get_capabilities()
+    return PREBUILT if PREBUILT.exists() and all(capabilities.get(name) for name in PREBUILT_NEEDS) else None
+
+
 @functools.cache
 def load_kernels() -> ctypes.CDLL:
-    """The compiled kernel, from the cache where it was compiled before.
+    """The compiled kernels: those that came with the program, else from the cache where they were compiled before.
 
     Raises:
         StartError: no compiler, or it does not compile this.
 
     """
+    prebuilt = find_prebuilt()
+    if prebuilt is not None:
+        return ctypes.CDLL(str(prebuilt))
     compiler = find_compiler()
     if compiler is None:
         raise StartError(
@@ -67,12 +85,12 @@ def _fingerprint(compiler: str) -> str:
     cpu = sorted(torch.cpu.get_capabilities().items())
     status = Path(compiler).resolve().stat()
     files = [file.read_bytes() for file in (*SOURCES, *HEADERS)]
-    parts = (files, FLAGS, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
+    parts = (files, FLAGS, NATIVE, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, target: Path) -> None:
-    command = [compiler, *FLAGS, "-o", str(target), *map(str, SOURCES)]
+def _compile(compiler: str, target: Path, march: str = NATIVE) -> None:
+    command = [compiler, *FLAGS, march, "-o", str(target), *map(str, SOURCES)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -80,3 +98,18 @@ def _compile(compiler: str, target: Path) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise StartError(f"ENABLE_COMPILATION: {compiler} does not compile our kernels: {last}")
+
+
+def main() -> None:
+    compiler = find_compiler()
+    if compiler is None:
+        raise SystemExit(f"no C++ compiler: install {' or '.join(COMPILERS)}")
+    PREBUILT.parent.mkdir(exist_ok=True)
+    if platform.machine() == "x86_64":
+        _compile(compiler, PREBUILT, "-march=x86-64-v4")
+    else:  # nothing to do: our kernels are slow without AVX-512
+        sys.stderr.write(f"our kernels are not for {platform.machine()}\n")
+
+
+if __name__ == "__main__":
+    main()

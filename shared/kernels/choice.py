@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from shared.errors import StartError
-from shared.kernels.build import find_compiler, load_kernels
+from shared.kernels.build import find_compiler, find_prebuilt, load_kernels
 from shared.kernels.experts import DTYPES
 
 
@@ -32,7 +32,7 @@ def compile_kernels(setting: bool | None, weights: torch.dtype, device: torch.de
         device=device,
         native=native,
         avx512=bool(torch.cpu.get_capabilities().get("avx512_f")),
-        compiler=find_compiler(),
+        compiler=prebuilt.name if (prebuilt := find_prebuilt()) else find_compiler(),
     )
     if decision.yes:
         try:
@@ -61,7 +61,7 @@ def choose_compilation(
         device: where they compute.
         native: this CPU multiplies bfloat16 itself, and torch is to have what is bfloat16 then.
         avx512: this CPU has AVX-512, which the kernel is written for; elsewhere it is right and slow.
-        compiler: the C++ compiler, if there is one.
+        compiler: the C++ compiler, or what it made beforehand, if there is either.
 
     Raises:
         StartError: it is asked for, and these weights have no compiled kernel.

@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
+from shared.kernels.build import PREBUILT_NEEDS
 from tests.compose.project import REPOSITORY, SERVICES, Project, command, succeeded
 from tests.running import wait_until
 
@@ -68,6 +70,13 @@ async def test_a_request_can_be_followed_through_the_logs(project: Project, clie
     assert "request.served" in seen["expert"]
     for event in await project.events("monitor"):
         assert {"event", "level", "service", "timestamp"} <= set(event)
+
+
+async def test_the_images_kernels_are_used_where_the_cpu_runs_them(project: Project) -> None:
+    runs = all(torch.cpu.get_capabilities().get(name) for name in PREBUILT_NEEDS)
+    for service in ("router", "expert"):
+        (decision, *_) = [e for e in await project.events(service) if e["event"] == f"{service}.compilation"]
+        assert decision["compiled"] is runs or "itself" in decision["reason"], decision
 
 
 async def test_it_runs_as_nobody_on_a_file_system_that_cannot_be_written(project: Project) -> None:

@@ -11,7 +11,9 @@ import torch
 
 from shared.errors import StartError
 from shared.experts import ACTIVATION
+from shared.kernels import build
 from shared.kernels.build import find_compiler, load_kernels
+from shared.kernels.choice import compile_kernels
 from shared.kernels.experts import ACTIVATIONS, CompiledExperts
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="needs g++ or clang++")
@@ -70,6 +72,27 @@ def test_a_cache_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert load_kernels().moe_forward
+
+
+def test_kernels_made_beforehand_need_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt" / "kernels.so")
+    build.main()
+    if not (tmp_path / "prebuilt" / "kernels.so").exists():
+        pytest.skip("made for x86-64 only")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(build.PREBUILT_NEEDS[1:], True))
+    assert build.find_prebuilt() is None, "a CPU that lacks one of the instruction sets"
+    monkeypatch.undo()
+    if not all(torch.cpu.get_capabilities().get(name) for name in build.PREBUILT_NEEDS):
+        pytest.skip("this CPU has no AVX-512")
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt" / "kernels.so")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    decision = compile_kernels(None, torch.float32, torch.device("cpu"), native=False)
+    assert decision.yes, decision.reason
+    assert load_kernels().moe_forward
+    assert not (tmp_path / "cache").exists()
 
 
 def test_without_a_compiler_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
