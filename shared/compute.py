@@ -82,6 +82,20 @@ def all_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For activations: torch splits large ones in the middle of a row, and rounds the ends of what it splits otherwise.
+
+    So which row of a batch is rounded how would depend on the others.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next step; elsewhere, do nothing.
 

@@ -23,6 +23,10 @@ from shared.kernels.dense import LANES, TILE, CompiledMatrix, Layer, Sequence, S
 NORM_OF_HEADS = {"none": 0, "head": 1, "whole": 2}
 
 
+def _whole_lanes(dim: int) -> int:
+    return -(-dim // LANES) * LANES
+
+
 class CompiledKVCache:
     """Keys and values of every layer in tiles of 64 positions, float32.
 
@@ -32,7 +36,7 @@ class CompiledKVCache:
 
     def __init__(self, config: ModelConfig, blocks: int, block_tokens: int) -> None:
         tiles = (blocks + 1) * block_tokens // TILE
-        dim = -(-config.head_dim // LANES) * LANES
+        dim = _whole_lanes(config.head_dim)
         device = torch.device("cpu")
         keys, values = (tiles, config.num_key_value_heads, config.head_dim, TILE), (tiles, config.num_key_value_heads)
         self.keys = [zeros(keys, torch.float32, device) for _ in range(config.num_hidden_layers)]
@@ -124,8 +128,14 @@ class CompiledModel(DenseModel):
         return matrix
 
     @staticmethod
-    def cache_itemsize(dtype: torch.dtype, device: torch.device) -> int:  # noqa: ARG004 - whatever they are
-        return torch.float32.itemsize
+    def block_bytes(
+        config: ModelConfig,
+        block_tokens: int,
+        dtype: torch.dtype,  # noqa: ARG004 - whatever it is
+        device: torch.device,  # noqa: ARG004
+    ) -> int:
+        position = (config.head_dim + _whole_lanes(config.head_dim)) * torch.float32.itemsize
+        return config.num_hidden_layers * block_tokens * config.num_key_value_heads * position
 
     def allocate_cache(self, blocks: int, block_tokens: int) -> None:
         self._tiles = CompiledKVCache(self.config, blocks, block_tokens)

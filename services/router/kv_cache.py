@@ -47,14 +47,9 @@ class BlockPool:
             heapq.heappush(self._free, block)
 
 
-def block_bytes(config: ModelConfig, block_tokens: int, itemsize: int) -> int:
-    """Bytes that one block takes, keys and values of all layers."""
-    return 2 * config.num_hidden_layers * block_tokens * config.num_key_value_heads * config.head_dim * itemsize
-
-
-def num_blocks(config: ModelConfig, budget_mb: int, block_tokens: int, itemsize: int) -> int:
-    """Blocks to give out that fit into the budget, beside block 0."""
-    return max(0, budget_mb * MIB // block_bytes(config, block_tokens, itemsize) - 1)
+def num_blocks(budget_mb: int, block_bytes: int) -> int:
+    """Blocks of `block_bytes` to give out that fit into the budget, beside block 0."""
+    return max(0, budget_mb * MIB // block_bytes - 1)
 
 
 class KVCache:

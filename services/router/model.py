@@ -16,7 +16,7 @@ from services.router.kv_cache import KVCache
 from services.router.rope import RotaryEmbedding, rotate
 from shared.checkpoint import Checkpoint, ModelConfig
 from shared.checkpoint.names import PREFIX, moe_prefix
-from shared.compute import all_threads
+from shared.compute import all_threads, one_thread
 from shared.experts import ACTIVATION
 from shared.linear import Linear
 from shared.tensors import TensorReader
@@ -138,9 +138,10 @@ class DenseModel:
         return Linear(weight, bias, widen=True)
 
     @staticmethod
-    def cache_itemsize(dtype: torch.dtype, device: torch.device) -> int:
-        """Bytes of a number in the KV cache of a model of `dtype`."""
-        return working_dtype(dtype, device).itemsize
+    def block_bytes(config: ModelConfig, block_tokens: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Bytes of one block of the KV cache, all layers, for a model of `dtype`."""
+        position = 2 * config.head_dim * working_dtype(dtype, device).itemsize
+        return config.num_hidden_layers * block_tokens * config.num_key_value_heads * position
 
     def allocate_cache(self, blocks: int, block_tokens: int) -> None:
         """Make the KV cache, of `blocks` blocks beside block 0."""
@@ -198,7 +199,9 @@ class DenseModel:
     def _mlp(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
         # As one matrix, like an expert's: one product instead of two, and the activation then runs row by row.
         gate, up = self._linear(x, f"{prefix}gate_up_proj").chunk(2, dim=-1)
-        return self._linear(self._act(gate) * up, f"{prefix}down_proj")
+        with one_thread():
+            h = self._act(gate) * up
+        return self._linear(h, f"{prefix}down_proj")
 
     def begin(self, batch: Batch) -> Step:
         """The batch's way through the layers."""
@@ -252,7 +255,8 @@ class DenseModel:
         out = self._mlp(normed, f"{p}shared_expert.")
         gate = self._linear(normed, f"{p}shared_expert_gate")  # [T, 1]
         # Over whole rows: elementwise kernels treat the end of a column of T numbers differently from its middle.
-        return F.sigmoid(gate.expand_as(out)) * out
+        with one_thread():
+            return F.sigmoid(gate.expand_as(out)) * out
 
     def dense_mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden [T, H] plus the dense MLP of a layer without experts."""

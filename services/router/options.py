@@ -8,9 +8,8 @@ import torch
 from services.router.compiled_model import CompiledModel
 from services.router.model import DenseModel
 from shared.checkpoint import ModelConfig
-from shared.errors import StartError
-from shared.kernels.choice import Decision, compile_kernels
-from shared.kernels.dense import MOST_HEAD_DIM, TILE
+from shared.kernels.choice import Decision, compile_kernels, dtype_name
+from shared.kernels.dense import DTYPES, MOST_HEAD_DIM, TILE
 from shared.settings import RouterSettings
 
 log = structlog.get_logger()
@@ -22,7 +21,7 @@ def choose_model(
     """The form to load, which is logged with its reason.
 
     Raises:
-        StartError: ENABLE_COMPILATION is true and cannot be.
+        StartError: ENABLE_COMPILATION is true and nothing can be compiled here.
 
     """
     decision = _choose(settings, config, dtype, device)
@@ -31,14 +30,12 @@ def choose_model(
 
 
 def _choose(settings: RouterSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Decision:
-    unfit = None
+    # Also with ENABLE_COMPILATION=true, which the workers read too: their experts may be int8 where this is float16.
+    if dtype not in DTYPES:
+        return Decision(False, f"our kernel is not for a dense part in {dtype_name(dtype)}")
     if settings.kv_block_tokens % TILE:
-        unfit = f"KV_BLOCK_TOKENS={settings.kv_block_tokens} is no multiple of {TILE}"
-    elif config.head_dim > MOST_HEAD_DIM or config.head_dim % 2:
-        unfit = f"a head of {config.head_dim} is not what our kernel is for: even, and at most {MOST_HEAD_DIM}"
-    if unfit is None:
-        # A CPU that multiplies bfloat16 itself is no reason against it: small steps are bound by calls and by memory.
-        return compile_kernels(settings.enable_compilation, dtype, device, native=False)
-    if settings.enable_compilation:
-        raise StartError(f"ENABLE_COMPILATION=true: {unfit}")
-    return Decision(False, unfit)
+        return Decision(False, f"KV_BLOCK_TOKENS={settings.kv_block_tokens} is no multiple of {TILE}")
+    if config.head_dim > MOST_HEAD_DIM or config.head_dim % 2:
+        return Decision(False, f"our kernel is not for heads of {config.head_dim}: even, at most {MOST_HEAD_DIM}")
+    # A CPU that multiplies bfloat16 itself is no reason against it: small steps are bound by calls and by memory.
+    return compile_kernels(settings.enable_compilation, dtype, device, native=False)

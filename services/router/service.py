@@ -73,8 +73,8 @@ class Router:
         self._loaded_bytes = 0
         self._total_bytes = DenseModel.load_bytes(checkpoint, self._dtype.itemsize)
         self._model_class = choose_model(settings, config, self._dtype, self._device)
-        itemsize = self._model_class.cache_itemsize(self._dtype, self._device)
-        blocks = num_blocks(config, settings.kv_cache_mb, settings.kv_block_tokens, itemsize)
+        size = self._model_class.block_bytes(config, settings.kv_block_tokens, self._dtype, self._device)
+        blocks = num_blocks(settings.kv_cache_mb, size)
         capacity = blocks * settings.kv_block_tokens - 1
         wanted = min(settings.max_model_len or config.context_length, config.context_length)
         if capacity < 1 or (settings.max_model_len and capacity < wanted):

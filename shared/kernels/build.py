@@ -29,7 +29,7 @@ HEADERS = tuple(FOLDER / name for name in ("vectors.h", "tiles.h", "pool.h"))
 COMPILERS = ("g++", "clang++")
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread")
 NATIVE = "-march=native"
-PREBUILT = FOLDER / "prebuilt" / "x86-64-v4.so"
+PREBUILT = FOLDER / "prebuilt"
 PREBUILT_NEEDS = ("avx512_f", "avx512_bw", "avx512_cd", "avx512_dq", "avx512_vl")
 """Of the CPU. Source: x86-64 psABI, micro-architecture level 4."""
 COMPILE_SECONDS = 120
@@ -40,10 +40,19 @@ def find_compiler() -> str | None:
     return next((found for name in (os.environ.get("CXX"), *COMPILERS) if name and (found := shutil.which(name))), None)
 
 
+def _prebuilt() -> Path:
+    """Where the kernels of this source are, if they came with the program."""
+    return PREBUILT / f"x86-64-v4-{hashlib.sha256(repr(_files()).encode()).hexdigest()[:16]}.so"
+
+
+def _files() -> list[bytes]:
+    return [file.read_bytes() for file in (*SOURCES, *HEADERS)]
+
+
 def find_prebuilt() -> Path | None:
     """The kernels that came with the program, where they are and this CPU runs them."""
     capabilities = torch.cpu.get_capabilities()
-    return PREBUILT if PREBUILT.exists() and all(capabilities.get(name) for name in PREBUILT_NEEDS) else None
+    return found if all(capabilities.get(name) for name in PREBUILT_NEEDS) and (found := _prebuilt()).exists() else None
 
 
 @functools.cache
@@ -51,12 +60,15 @@ def load_kernels() -> ctypes.CDLL:
     """The compiled kernels: those that came with the program, else from the cache where they were compiled before.
 
     Raises:
-        StartError: no compiler, or it does not compile this.
+        StartError: no compiler, or it does not compile this; what came with the program does not load.
 
     """
     prebuilt = find_prebuilt()
     if prebuilt is not None:
-        return ctypes.CDLL(str(prebuilt))
+        try:
+            return ctypes.CDLL(str(prebuilt))
+        except OSError as error:
+            raise StartError(f"our kernels do not load: {error}; ENABLE_COMPILATION=false does without") from None
     compiler = find_compiler()
     if compiler is None:
         raise StartError(
@@ -84,8 +96,7 @@ def _fingerprint(compiler: str) -> str:
     """Of all that the result depends on."""
     cpu = sorted(torch.cpu.get_capabilities().items())
     status = Path(compiler).resolve().stat()
-    files = [file.read_bytes() for file in (*SOURCES, *HEADERS)]
-    parts = (files, FLAGS, NATIVE, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
+    parts = (_files(), FLAGS, NATIVE, compiler, status.st_size, status.st_mtime_ns, platform.machine(), cpu)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -104,9 +115,9 @@ def main() -> None:
     compiler = find_compiler()
     if compiler is None:
         raise SystemExit(f"no C++ compiler: install {' or '.join(COMPILERS)}")
-    PREBUILT.parent.mkdir(exist_ok=True)
+    PREBUILT.mkdir(exist_ok=True)
     if platform.machine() == "x86_64":
-        _compile(compiler, PREBUILT, "-march=x86-64-v4")
+        _compile(compiler, _prebuilt(), "-march=x86-64-v4")
     else:  # nothing to do: our kernels are slow without AVX-512
         sys.stderr.write(f"our kernels are not for {platform.machine()}\n")
 

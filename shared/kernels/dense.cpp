@@ -18,7 +18,7 @@ constexpr float NOTHING = -1e30f;              // below any score
 constexpr int64_t MOST_DIM = 512;              // of a head
 constexpr int64_t ROWS_TOGETHER = 96;          // rows that stay in the cache while weights pass by
 constexpr int64_t QUERIES_TOGETHER = 48;       // of one sequence and head: a piece of work for one thread
-constexpr double WORTH_WAKING = 100e3;         // nanoseconds of work from which other threads are woken
+constexpr double WORTH_WAKING = 50e3;          // nanoseconds of work for each thread, from which they are woken
 constexpr double PER_NANOSECOND = 50;          // multiplications
 constexpr double BYTES_PER_NANOSECOND = 10;
 
@@ -74,7 +74,9 @@ inline float rounded(float x) {  // to bfloat16, to the nearest, ties to even
 class Crew {
  public:
   Crew(int threads, double nanoseconds) {
-    if (threads > 1 && nanoseconds >= WORTH_WAKING && !busy().exchange(true)) pool_ = &pool(threads);
+    int wanted = 1;  // doubled, so that there are few pools
+    while (wanted < threads && nanoseconds >= 2 * wanted * WORTH_WAKING) wanted = std::min(2 * wanted, threads);
+    if (wanted > 1 && !busy().exchange(true)) pool_ = &pool(wanted);
   }
   ~Crew() { release(); }
   Crew(const Crew&) = delete;
@@ -324,7 +326,8 @@ void choose(const Shape& s, float* logits, int64_t* index, float* weight) {
     int64_t best = -1;
     for (int64_t i = 0; i < s.experts; i++)
       if (logits[i] >= 0 && (best < 0 || logits[i] > logits[best])) best = i;
-    if (best < 0) best = k;  // no number at all
+    for (int64_t i = 0; best < 0; i++)  // what is left is no number
+      if (logits[i] != -1) best = i;
     index[k] = best;
     weight[k] = logits[best] / all;
     chosen += weight[k];

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -10,7 +11,10 @@
 class Pool {
  public:
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; i++) threads_.emplace_back([this] { work(); });
+    try {
+      for (int i = 1; i < threads; i++) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {  // the system gives no more: those that there are do the work
+    }
   }
   // task(0), ..., task(count - 1), in any order, on all threads; returns when all are done.
   void run(int64_t count, const std::function<void(int64_t)>& task) {

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 import shared.compute
 from services.router.batch import Span, build_batch
 from services.router.compiled_model import CompiledModel
 from services.router.messages import GenerateRequest, Sampling
 from services.router.model import DenseModel, Routing
+from services.router.options import choose_model
 from shared.checkpoint import Checkpoint
 from shared.kernels.build import find_compiler
 from shared.kernels.dense import CompiledMatrix
+from shared.settings import RouterSettings
 from shared.tensors import TORCH_DTYPE
 from tests.oracle import VARIANTS, VOCAB, make_checkpoint
+from tests.router.configurations import configuration
 from tests.router.inprocess import Result, local_engine
 from tests.router.test_batch_invariance import logits
 
@@ -121,9 +126,13 @@ def test_a_gate_of_no_numbers_still_names_experts_that_are_there(tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 63), (64, 64), (100, 65), (33, 200)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 63), (64, 64), (100, 65), (33, 200), (300, 500)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_products_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtype, *, biased: bool) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_are_those_of_float64(
+    shape: tuple[int, int], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch, *, biased: bool
+) -> None:
+    monkeypatch.setattr(shared.compute, "_most_threads", threads)
     generator = torch.Generator().manual_seed(2)
     inputs, outputs = shape
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
@@ -132,6 +141,39 @@ def test_products_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtyp
     want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     matrix = CompiledMatrix(weight, bias)
     got = matrix(x)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=2e-5)
     for rows in (1, 2, 5, 6, 7, 97):
         assert torch.equal(matrix(x[:rows]), got[:rows])
+
+
+def test_calls_at_the_same_time_disturb_each_other_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared.compute, "_most_threads", 2)
+    generator = torch.Generator().manual_seed(2)
+    matrix = CompiledMatrix(torch.randn(512, 256, generator=generator))
+    xs = [torch.randn(rows, 256, generator=generator) for rows in (100, 64, 1, 90)]
+    alone = [matrix(x) for x in xs]
+    with ThreadPoolExecutor(len(xs)) as pool:
+        for _ in range(30):
+            for want, got in zip(alone, pool.map(matrix, xs), strict=True):
+                assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "dtype", "reason"),
+    [
+        ({}, {}, torch.bfloat16, None),
+        ({}, {}, torch.float16, "float16"),
+        ({"kv_block_tokens": 16}, {}, torch.float32, "KV_BLOCK_TOKENS=16"),
+        ({"kv_block_tokens": 192}, {}, torch.float32, None),
+        ({}, {"head_dim": 520}, torch.float32, "heads of 520"),
+        ({"enable_compilation": False}, {}, torch.float32, "ENABLE_COMPILATION=false"),
+    ],
+)
+def test_which_form_a_router_runs_and_why(
+    changes: dict[str, Any], config: dict[str, Any], dtype: torch.dtype, reason: str | None
+) -> None:
+    settings = RouterSettings(model=Path("any"), **{"enable_compilation": True, **changes})
+    with capture_logs() as logs:
+        chosen = choose_model(settings, configuration(**config), dtype, CPU)
+    assert chosen is (CompiledModel if reason is None else DenseModel)
+    assert reason is None or reason in logs[0]["reason"]

@@ -10,9 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.router.kv_cache import BlockPool, KVCache, block_bytes, num_blocks
+from services.router.compiled_model import CompiledKVCache, CompiledModel
+from services.router.kv_cache import BlockPool, KVCache, num_blocks
+from services.router.model import DenseModel
 from shared.settings import MIB
 from tests.router.configurations import configuration
+
+CPU = torch.device("cpu")
 
 
 @settings(deadline=None)
@@ -60,18 +64,24 @@ def test_tokens_take_whole_blocks(tokens: int, blocks: int) -> None:
     assert BlockPool(8, 16).blocks_for(tokens) == blocks
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("block_tokens", [1, 16, 100])
-def test_the_cache_keeps_to_its_budget_and_uses_it(dtype: torch.dtype, block_tokens: int) -> None:
-    config = configuration()
-    itemsize = torch.empty(0, dtype=dtype).element_size()
-    blocks = num_blocks(config, 1, block_tokens, itemsize)
-    cache = KVCache(config, blocks, block_tokens, dtype, torch.device("cpu"))
-    size = sum(tensor.nbytes for tensor in [*cache.keys, *cache.values])
-    assert size <= MIB < size + block_bytes(config, block_tokens, itemsize)
+@pytest.mark.parametrize(("head_dim", "block_tokens"), [(8, 64), (64, 128), (40, 64), (64, 1), (8, 100)])
+@pytest.mark.parametrize("form", [DenseModel, CompiledModel])
+def test_the_cache_keeps_to_its_budget_and_uses_it(form: type[DenseModel], head_dim: int, block_tokens: int) -> None:
+    if form is CompiledModel and block_tokens % 64:
+        pytest.skip("blocks of the compiled form are whole tiles")
+    config = configuration(head_dim=head_dim)
+    size = form.block_bytes(config, block_tokens, torch.float32, CPU)
+    blocks = num_blocks(4, size)
+    cache: KVCache | CompiledKVCache
+    if form is CompiledModel:
+        cache = CompiledKVCache(config, blocks, block_tokens)
+    else:
+        cache = KVCache(config, blocks, block_tokens, torch.float32, CPU)
+        slots = (blocks + 1) * block_tokens
+        assert cache.keys[0].shape == (slots, config.num_key_value_heads, config.head_dim)
+    taken = sum(tensor.nbytes for tensor in [*cache.keys, *cache.values])
+    assert taken <= 4 * MIB < taken + size
     assert len(cache.keys) == len(cache.values) == config.num_hidden_layers
-    slots = (blocks + 1) * block_tokens
-    assert cache.keys[0].shape == (slots, config.num_key_value_heads, config.head_dim)
 
 
 def test_the_padding_block_is_zero() -> None:
@@ -80,12 +90,12 @@ def test_the_padding_block_is_zero() -> None:
 
 
 def test_a_budget_below_one_block_holds_none() -> None:
-    assert num_blocks(configuration(max_position_embeddings=4096), 1, 4096, 4) == 0
+    assert num_blocks(1, DenseModel.block_bytes(configuration(), 4096, torch.float32, CPU)) == 0
 
 
 def test_what_is_not_used_yet_takes_no_memory() -> None:
     config = configuration()
-    blocks = num_blocks(config, 256, 16, 2)
+    blocks = num_blocks(256, 2 * config.num_hidden_layers * 16 * config.num_key_value_heads * config.head_dim * 2)
     before = psutil.Process().memory_info().rss
     cache = KVCache(config, blocks, 16, torch.bfloat16, torch.device("cpu"))
     assert sum(t.nbytes for t in [*cache.keys, *cache.values]) > 250 * MIB

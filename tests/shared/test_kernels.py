@@ -75,9 +75,9 @@ def test_a_cache_is_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_kernels_made_beforehand_need_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt" / "kernels.so")
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
     build.main()
-    if not (tmp_path / "prebuilt" / "kernels.so").exists():
+    if not any((tmp_path / "prebuilt").iterdir()):
         pytest.skip("made for x86-64 only")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -86,7 +86,7 @@ def test_kernels_made_beforehand_need_no_compiler(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     if not all(torch.cpu.get_capabilities().get(name) for name in build.PREBUILT_NEEDS):
         pytest.skip("this CPU has no AVX-512")
-    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt" / "kernels.so")
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     decision = compile_kernels(None, torch.float32, torch.device("cpu"), native=False)
