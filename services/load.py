@@ -47,7 +47,7 @@ def verdict(load: Load, came: Row) -> list[str]:
     if came.failed > load.max_failures:
         reasons.append(f"{came.failed} requests failed, at most {load.max_failures} may")
     if came.latency is None:
-        reasons.append("no request came back")
+        reasons.append("no request came back" if came.failed else "no request was due; raise the rate or the duration")
     elif load.max_p99 is not None and came.latency.p99 > load.max_p99:
         reasons.append(f"p99 is {came.latency.p99:.3f} s, at most {load.max_p99:g} s may be")
     return reasons
