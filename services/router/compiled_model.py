@@ -18,13 +18,10 @@ from shared.checkpoint import ModelConfig
 from shared.checkpoint.names import PREFIX
 from shared.compute import most_threads
 from shared.kernels.build import load_kernels
-from shared.kernels.dense import LANES, TILE, CompiledMatrix, Layer, Sequence, Shape, Step
+from shared.kernels.dense import LANES, CompiledMatrix, Layer, Sequence, Shape, Step
+from shared.kernels.tiles import TILE, whole
 
 NORM_OF_HEADS = {"none": 0, "head": 1, "whole": 2}
-
-
-def _whole_lanes(dim: int) -> int:
-    return -(-dim // LANES) * LANES
 
 
 class CompiledKVCache:
@@ -36,7 +33,7 @@ class CompiledKVCache:
 
     def __init__(self, config: ModelConfig, blocks: int, block_tokens: int) -> None:
         tiles = (blocks + 1) * block_tokens // TILE
-        dim = _whole_lanes(config.head_dim)
+        dim = whole(config.head_dim, LANES)
         device = torch.device("cpu")
         keys, values = (tiles, config.num_key_value_heads, config.head_dim, TILE), (tiles, config.num_key_value_heads)
         self.keys = [zeros(keys, torch.float32, device) for _ in range(config.num_hidden_layers)]
@@ -134,7 +131,7 @@ class CompiledModel(DenseModel):
         dtype: torch.dtype,  # noqa: ARG004 - whatever it is
         device: torch.device,  # noqa: ARG004
     ) -> int:
-        position = (config.head_dim + _whole_lanes(config.head_dim)) * torch.float32.itemsize
+        position = (config.head_dim + whole(config.head_dim, LANES)) * torch.float32.itemsize
         return config.num_hidden_layers * block_tokens * config.num_key_value_heads * position
 
     def allocate_cache(self, blocks: int, block_tokens: int) -> None:

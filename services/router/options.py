@@ -9,7 +9,8 @@ from services.router.compiled_model import CompiledModel
 from services.router.model import DenseModel
 from shared.checkpoint import ModelConfig
 from shared.kernels.choice import Decision, compile_kernels, dtype_name
-from shared.kernels.dense import DTYPES, MOST_HEAD_DIM, TILE
+from shared.kernels.dense import DTYPES, MOST_HEAD_DIM
+from shared.kernels.tiles import TILE
 from shared.settings import RouterSettings
 
 log = structlog.get_logger()

@@ -1,1 +1,1 @@
-"""The experts' kernel in C++, compiled on the machine that runs it."""
+"""Our kernels in C++: the experts, and the dense part of a layer."""

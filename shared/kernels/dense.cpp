@@ -357,18 +357,6 @@ void in_pieces(Crew& crew, int64_t rows, const std::function<void(int64_t)>& row
 
 extern "C" {
 
-// Lays [outputs][inputs] out as Matrix has it.
-void dense_pack(int itemsize, const void* weight, void* packed, int64_t outputs, int64_t inputs) {
-  const int64_t tiles = whole(outputs, TILE) / TILE;
-  if (itemsize == 4) {
-    const auto* w = static_cast<const uint32_t*>(weight);
-    pack(w, w, static_cast<uint32_t*>(packed), TILE, 0, outputs, 0, inputs, inputs, tiles);
-  } else {
-    const auto* w = static_cast<const uint16_t*>(weight);
-    pack(w, w, static_cast<uint16_t*>(packed), TILE, 0, outputs, 0, inputs, inputs, tiles);
-  }
-}
-
 // out [rows][outputs] = x [rows][inputs] times the matrix, plus its bias.
 void dense_product(const Matrix* m, int itemsize, const float* x, int64_t rows, float* out, int threads) {
   product(*m, itemsize, x, rows, out, m->outputs, SET, threads);

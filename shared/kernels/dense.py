@@ -8,9 +8,8 @@ import torch
 
 from shared.compute import most_threads
 from shared.kernels.build import load_kernels
+from shared.kernels.tiles import TILE, pack, whole
 
-TILE = 64
-"""Of the kernel: outputs, and positions of the KV cache, that are summed together."""
 LANES = 16
 """Of the kernel: values of the KV cache are padded to so many."""
 MOST_HEAD_DIM = 512
@@ -73,14 +72,8 @@ class CompiledMatrix:
         self._library = load_kernels()
         self._itemsize = weight.dtype.itemsize
         self._outputs, inputs = weight.shape
-        self._packed = torch.empty(-(-self._outputs // TILE) * inputs * TILE, dtype=weight.dtype)
+        self._packed = pack(weight, inputs=inputs, tiles=whole(self._outputs, TILE) // TILE)
         self._bias = None if bias is None else bias.float()
-        weight = weight.contiguous()
-        self._library.dense_pack(
-            self._itemsize,
-            *(ctypes.c_void_p(t.data_ptr()) for t in (weight, self._packed)),
-            *(ctypes.c_int64(n) for n in weight.shape),
-        )
         bias_pointer = None if self._bias is None else self._bias.data_ptr()
         self.entry = Matrix(self._packed.data_ptr(), bias_pointer, inputs, self._outputs)
 

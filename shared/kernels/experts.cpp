@@ -139,14 +139,15 @@ void forward(const Call& c, int64_t num_experts, Pool& pool, int threads) {
 
 extern "C" {
 
-// Lays gate_up [2 * inner][hidden] or down [hidden][inner] out as the kernel reads it; what is padded becomes zero.
-void moe_pack(int itemsize, int is_down, const void* weight, void* packed, int64_t rows, int64_t inputs,
+// Lays a matrix [rows][inputs] out in tiles; what is padded becomes zero. in_halves: it is gate_up, whose tiles are half
+// gate and half up.
+void pack_tiles(int itemsize, int in_halves, const void* weight, void* packed, int64_t rows, int64_t inputs,
               int64_t padded_inputs, int64_t tiles) {
   auto go = [&](auto* w, auto* p) {
-    if (is_down)
-      pack(w, w, p, TILE, 0, rows, 0, inputs, padded_inputs, tiles);
-    else
+    if (in_halves)
       pack(w, w + rows / 2 * inputs, p, HALF, HALF, rows / 2, rows / 2, inputs, padded_inputs, tiles);
+    else
+      pack(w, w, p, TILE, 0, rows, 0, inputs, padded_inputs, tiles);
   };
   if (itemsize == 4)
     go(static_cast<const uint32_t*>(weight), static_cast<uint32_t*>(packed));

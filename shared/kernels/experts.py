@@ -8,10 +8,8 @@ import threading
 import torch
 
 from shared.kernels.build import load_kernels
+from shared.kernels.tiles import HALF, TILE, pack, whole
 
-TILE = 64
-HALF = TILE // 2
-"""Of the kernel: outputs that are summed together; gate and up have half of them each."""
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -21,10 +19,6 @@ _one_at_a_time = threading.Lock()
 
 class _Expert(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in ("gate_up", "gate_up_scale", "down", "down_scale")]
-
-
-def _whole(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
 
 
 class CompiledExperts:
@@ -48,7 +42,7 @@ class CompiledExperts:
         self._hidden, self._inner, self._num_experts = hidden, inner, num_experts
         self._activation = ACTIVATIONS[activation]
         self._dtype = dtype
-        self._outputs, self._padded_inner = _whole(hidden, TILE), _whole(inner, HALF)
+        self._outputs, self._padded_inner = whole(hidden, TILE), whole(inner, HALF)
         self._tables: dict[int, ctypes.Array[_Expert]] = {}
         self._kept: list[torch.Tensor] = []
 
@@ -78,8 +72,8 @@ class CompiledExperts:
 
         """
         packed = (
-            self._pack(gate_up, self._hidden, self._padded_inner // HALF, is_down=False),
-            self._pack(down, self._padded_inner, self._outputs // TILE, is_down=True),
+            pack(gate_up, inputs=self._hidden, tiles=self._padded_inner // HALF, in_halves=True),
+            pack(down, inputs=self._padded_inner, tiles=self._outputs // TILE),
         )
         entry = _Expert(packed[0].data_ptr(), None, packed[1].data_ptr(), None)
         self._kept += packed
@@ -93,14 +87,6 @@ class CompiledExperts:
             self._kept += (gate_up_scale, down_scale)
         table = self._tables.setdefault(layer, (_Expert * self._num_experts)())
         table[expert] = entry
-
-    def _pack(self, weight: torch.Tensor, inputs: int, tiles: int, *, is_down: bool) -> torch.Tensor:
-        weight = weight.contiguous()
-        packed = torch.empty(tiles * inputs * TILE, dtype=self._dtype)
-        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, packed))
-        sizes = (ctypes.c_int64(n) for n in (*weight.shape, inputs, tiles))
-        self._library.moe_pack(self._dtype.itemsize, int(is_down), *pointers, *sizes)
-        return packed
 
     def compute(
         self,
