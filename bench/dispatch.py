@@ -27,9 +27,12 @@ import uvloop
 
 from bench.checkpoints import write
 from services.nats_server import answers_as, binary, free_port, write_config
+from services.router.calls import Calls
 from services.router.dispatch import BusExperts
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
+from shared.replicas import Replicas
+from shared.status import Fleet
 
 TOKENS, SHARDS, TOP_K, PROCESSES = 16, 4, 2, 2
 READY_SECONDS = 60
@@ -99,9 +102,17 @@ async def measure(url: str, checkpoint: Checkpoint, rounds: int) -> dict[str, An
         "TORCH_THREADS": "1",
     }
     bus = await Bus.connect(url, "router", "bench-dispatch")
-    experts = BusExperts(
-        bus, config, deployment, num_shards=SHARDS, timeout_seconds=READY_SECONDS, recovery_seconds=READY_SECONDS
+    workers = Replicas("expert", deployment)
+    await Fleet(tell=workers.observe).watch(bus)
+    calls = Calls(
+        bus,
+        deployment,
+        workers,
+        num_shards=SHARDS,
+        timeout_seconds=READY_SECONDS,
+        recovery_seconds=READY_SECONDS,
     )
+    experts = BusExperts(bus, config, calls, num_shards=SHARDS)
 
     async def dispatch() -> None:
         question = experts.question(0, hidden, index, weights)

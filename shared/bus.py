@@ -246,53 +246,18 @@ class Bus:
             NoRespondersError: when nobody listens.
 
         """
-        answer = (await self.request_all([(subject, data)], timeout=timeout, headers=headers))[0]
-        if isinstance(answer, MoeError):
-            raise answer
-        return answer
+        until = time.monotonic() + timeout
+        with self.exchange(1, headers) as exchange:
+            exchange.send(0, subject, data)
+            if await exchange.wait(until):
+                return exchange.answers[0]
+            for _, error in exchange.take_errors():
+                raise error
+            raise MoeError("deadline_exceeded", f"no answer on {subject} within {timeout:.3g} s")
 
-    async def request_all(
-        self, requests: list[tuple[str, bytes]], *, timeout: float, headers: Headers | None = None
-    ) -> list[bytes | MoeError]:
-        """Send messages, (subject, data) each, at once and await the one reply of each: its data, or how it failed.
-
-        One future and one timer for all of them. The subjects are the caller's own, from shared/subjects.py, and go to
-        the server unchecked.
-        """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        answers: dict[int, bytes | MoeError] = {}
-
-        def take(number: int, item: Msg | MoeError) -> None:
-            answers.setdefault(number, outcome(requests[number][0], item))  # a loss that follows undoes no answer
-            if len(answers) == len(requests) and not done.done():
-                done.set_result(None)
-
-        tokens = []
-        head = header_block(headers)
-        try:
-            async with asyncio.timeout(timeout):
-                for number, (subject, data) in enumerate(requests):
-                    token, reply = self._expect(functools.partial(take, number))
-                    tokens.append(token)
-                    try:
-                        self._check(data)
-                        self._client.send(subject, reply, data, head)
-                    except MoeError as error:
-                        take(number, error)
-                await self._client.taken()
-                await done
-        except TimeoutError:
-            for number, (subject, _) in enumerate(requests):
-                answers.setdefault(
-                    number, MoeError("deadline_exceeded", f"no answer on {subject} within {timeout:.3g} s")
-                )
-        except OSError as error:  # after TimeoutError, which is one
-            for number in range(len(requests)):
-                answers.setdefault(number, MoeError("bus_unavailable", f"NATS refused the message: {error}"))
-        finally:
-            for token in tokens:
-                self._forget(token)
-        return [answers[number] for number in range(len(requests))]
+    def exchange(self, count: int, headers: Headers | None = None) -> Exchange:
+        """`count` requests that are waited for together, each of which may be sent more than once."""
+        return Exchange(self, count, headers)
 
     def open_stream(self) -> ReplyStream:
         """An inbox for the many replies of one request; use it as a context manager."""
@@ -394,16 +359,16 @@ class Bus:
         else:
             log.warning("reply.lost", code=error.code)
 
-    async def flush(self) -> None:
+    async def flush(self, timeout: float = CONNECT_SECONDS) -> None:
         """Return when everything sent so far has reached the server.
 
         Raises:
-            MoeError: `bus_unavailable`, if that takes too long.
+            MoeError: `bus_unavailable`, if that takes more than `timeout` seconds.
 
         """
         if self.connected:
             try:
-                await self._client.flush(timeout=CONNECT_SECONDS)
+                await self._client.flush(timeout=timeout)
             except (nats.errors.Error, OSError) as error:
                 raise MoeError("bus_unavailable", f"NATS does not answer: {error}") from error
 
@@ -425,6 +390,100 @@ class Bus:
                 await self._client.close()
 
 
+class Exchange:
+    """Requests under way together, each of which may be sent more than once: to the first answer. Close it.
+
+    One future and one timer for all of them. The subjects are the caller's own, from shared/subjects.py, and go to the
+    server unchecked.
+    """
+
+    def __init__(self, bus: Bus, count: int, headers: Headers | None) -> None:
+        self._bus = bus
+        self._count = count
+        self._head = header_block(headers)
+        self._tokens: list[str] = []
+        self._errors: list[tuple[int, MoeError]] = []
+        self._woken: asyncio.Future[None] | None = None
+        self.answers: dict[int, bytes] = {}
+        """By request: its first answer's data."""
+        self.answered_by: dict[int, int] = {}
+        """By request: the number of the sending that was answered."""
+        self.arrived: dict[int, float] = {}
+        """By request: when its answer came, on the monotonic clock."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request is answered."""
+        return len(self.answers) == self._count
+
+    def send(self, request: int, subject: str, data: bytes) -> int:
+        """Send a request's message, once more perhaps; returns the number of this sending, from 0 on.
+
+        What goes wrong at once, as everything that goes wrong, is found among the errors.
+        """
+        sending = len(self._tokens)
+        token, reply = self._bus._expect(functools.partial(self._take, request, sending, subject))  # noqa: SLF001 - one module, one mechanism
+        self._tokens.append(token)
+        try:
+            self._bus._check(data)  # noqa: SLF001
+            self._bus._client.send(subject, reply, data, self._head)  # noqa: SLF001
+        except MoeError as error:
+            self._fail(sending, error)
+        return sending
+
+    def _take(self, request: int, sending: int, subject: str, item: Msg | MoeError) -> None:
+        answer = outcome(subject, item)
+        if isinstance(answer, MoeError):
+            self._fail(sending, answer)
+        elif request not in self.answers:
+            self.answers[request] = answer
+            self.answered_by[request] = sending
+            self.arrived[request] = time.monotonic()
+            if self.complete:
+                self._wake()
+
+    def _fail(self, sending: int, error: MoeError) -> None:
+        self._errors.append((sending, error))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+    def take_errors(self) -> list[tuple[int, MoeError]]:
+        """The sendings that failed since this was last asked, and how; those of answered requests among them."""
+        errors, self._errors = self._errors, []
+        return errors
+
+    async def wait(self, until: float) -> bool:
+        """Wait for every answer, but no longer than for the next error, or `until` on the monotonic clock.
+
+        Returns whether every request is answered.
+        """
+        if self.complete or self._errors:
+            return self.complete
+        self._woken = asyncio.get_running_loop().create_future()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, until - time.monotonic())):
+                try:
+                    await self._bus._client.taken()  # noqa: SLF001
+                except OSError as error:
+                    if not isinstance(error, TimeoutError):
+                        self._bus._fail_waiting()  # noqa: SLF001 - the connection is gone, and nothing comes by it
+                await self._woken
+        return self.complete
+
+    def close(self) -> None:
+        for token in self._tokens:
+            self._bus._forget(token)  # noqa: SLF001
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
 class ReplyStream:
     """The replies to one request, in order, until closed."""
 
@@ -437,8 +496,13 @@ class ReplyStream:
         try:
             self._queue.put_nowait(item)
         except asyncio.QueueFull:
+            self.fail(MoeError("overloaded", "the reader of this stream is too slow"))
+
+    def fail(self, error: MoeError) -> None:
+        """Have the reader find `error` after what it has not read yet."""
+        if self._queue.full():
             self._queue.get_nowait()
-            self._queue.put_nowait(MoeError("overloaded", "the reader of this stream is too slow"))
+        self._queue.put_nowait(error)
 
     async def next(self, timeout: float) -> bytes:
         """The next reply's bytes.

@@ -23,6 +23,7 @@ HTTP_STATUS: dict[str, int] = {
     "bus_unavailable": 503,
     "draining": 503,
     "deadline_exceeded": 504,
+    "chunk_lost": 503,
     "cancelled": 499,
     "internal_error": 500,
 }

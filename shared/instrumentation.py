@@ -74,6 +74,9 @@ INTER_TOKEN_LATENCY = Histogram(
     buckets=_LATENCY,
     registry=REGISTRY,
 )
+RESUMPTIONS = Counter(
+    "moe_generations_resumed_total", "generations that went on with another router", ["reason"], registry=REGISTRY
+)
 CACHE_LOOKUPS = Counter(
     "moe_cache_lookups_total", "answers looked up in the cache: hit, miss, unavailable", ["result"], registry=REGISTRY
 )
@@ -103,6 +106,15 @@ DISPATCH_SECONDS = Histogram(
     "moe_dispatch_seconds", "one layer's experts, sent to combined", ["layer"], buckets=_DISPATCH, registry=REGISTRY
 )
 DISPATCH_RETRIES = Counter("moe_dispatch_retries_total", "expert calls sent again", ["reason"], registry=REGISTRY)
+DISPATCH_HEDGES = Counter(
+    "moe_dispatch_hedges_total", "slow expert calls sent to a second worker too", registry=REGISTRY
+)
+RETRIES_REFUSED = Counter(
+    "moe_dispatch_retries_refused_total", "times that the retry budget made an expert call wait", registry=REGISTRY
+)
+DEGRADED_TOKENS = Counter(
+    "moe_degraded_tokens_total", "tokens computed without some of their experts (DEGRADED_MODE=skip)", registry=REGISTRY
+)
 EXPERT_TOKENS = Counter("moe_expert_tokens_total", "tokens sent to an expert", ["layer", "expert"], registry=REGISTRY)
 PROMPT_LENGTH = Histogram(
     "moe_request_prompt_tokens", "prompt length", ["model_name"], buckets=_TOKENS, registry=REGISTRY

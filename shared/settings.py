@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from shared.errors import StartError
 
 MIB = 1024 * 1024
+DegradedMode = Literal["fail", "skip"]
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
 SECRETS = ("API_AUTH_TOKEN", "REDIS_URL")
 
@@ -121,6 +122,9 @@ class RouterSettings(ComputeSettings):
     kv_block_tokens: int = Field(64, ge=1, le=1024, description="tokens in one KV block")
     max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion (default: the model's)")
     expert_recovery_seconds: float = Field(10, ge=0, le=600, description="wait for a shard that has no worker")
+    degraded_mode: DegradedMode = Field(
+        "fail", description="then: fail with HTTP 503, or skip its experts and say so in the answer"
+    )
 
 
 class ExpertSettings(ComputeSettings):

@@ -98,8 +98,18 @@ class StatusReporter:
 class Fleet:
     """Everybody's last report, by (service, instance); who has been silent for too long is forgotten."""
 
-    def __init__(self, stale_seconds: float = STALE_SECONDS) -> None:
+    def __init__(
+        self, stale_seconds: float = STALE_SECONDS, *, tell: Callable[[Status, float], None] | None = None
+    ) -> None:
+        """Know nobody yet.
+
+        Args:
+            stale_seconds: who is silent for longer is forgotten.
+            tell: is told of each report, and of when it came on the monotonic clock.
+
+        """
         self._stale_seconds = stale_seconds
+        self._tell = tell
         self._seen: dict[tuple[str, str], tuple[float, Status]] = {}
 
     async def watch(self, bus: Bus) -> None:
@@ -116,6 +126,8 @@ class Fleet:
 
     def observe(self, status: Status, now: float) -> None:
         self._seen[status.service, status.instance] = (now, status)
+        if self._tell is not None:
+            self._tell(status, now)
 
     def live(self, service: str | None = None, *, now: float | None = None) -> list[Status]:
         """Reports of the instances that were heard of lately, ordered by service and instance."""

@@ -17,9 +17,14 @@ def token(value: str) -> str:
         ValueError: for anything but letters, digits, `_` and `-`.
 
     """
-    if not _TOKEN.match(value):
+    if not is_token(value):
         raise ValueError(f"{value!r} cannot be part of a NATS subject (letters, digits, '_' and '-' only)")
     return value
+
+
+def is_token(value: str) -> bool:
+    """Whether `value` may stand in a subject."""
+    return _TOKEN.match(value) is not None
 
 
 def slug(name: str) -> str:
@@ -32,12 +37,14 @@ def deployment(model: str, fingerprint: str) -> str:
     return f"{slug(model)}-{fingerprint[:8]}"
 
 
-def generate(deployment: str) -> str:
-    return f"moe.{token(deployment)}.generate"
+def generate(deployment: str, instance: str = "") -> str:
+    """Generations, for any router of the deployment, or for the one called `instance`."""
+    return f"moe.{token(deployment)}.generate" + (f".{token(instance)}" if instance else "")
 
 
-def forward(deployment: str) -> str:
-    return f"moe.{token(deployment)}.forward"
+def forward(deployment: str, instance: str = "") -> str:
+    """Forward passes through one MoE layer, for any router of the deployment, or for the one called `instance`."""
+    return f"moe.{token(deployment)}.forward" + (f".{token(instance)}" if instance else "")
 
 
 def experts(deployment: str, shard: int) -> str:

@@ -1,8 +1,7 @@
-"""The experts over NATS: one message per shard and layer, retried on a live replica, combined in shard order."""
+"""The experts over NATS: one message per shard and layer, and the answers combined in shard order."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 
@@ -12,24 +11,23 @@ import structlog
 import torch
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
-from shared import subjects, wire
-from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Headers, NoRespondersError
+from services.router.calls import Calls
+from shared import wire
+from shared.bus import Bus
 from shared.checkpoint import ModelConfig
-from shared.errors import HTTP_STATUS, BadMessageError, MoeError
-from shared.instrumentation import DISPATCH_RETRIES, DISPATCH_SECONDS
-from shared.logs import request_id
+from shared.errors import BadMessageError, MoeError
+from shared.instrumentation import DISPATCH_SECONDS
+from shared.settings import DegradedMode
 from shared.tensors import WIRE_DTYPE, check
 
 log = structlog.get_logger()
 
-CALL_SECONDS = 10.0
-"""How long one call may take before it is sent again."""
-RETRY_PAUSE_SECONDS = 0.05
-MOST_BROKEN_REPLIES = 3
-"""So many of a shard's workers may fail at a call before it is given up: a bug of one must not end a request."""
-RETRYABLE = {"overloaded", "draining", "bus_unavailable", "deadline_exceeded", "wrong_shard"}
 MESSAGE_OVERHEAD_BYTES = 512
 PAIR_BYTES = 12
+
+
+Pairs = tuple[torch.Tensor, torch.Tensor]
+"""The experts [T, k] of each token, and their weights [T, k]."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +35,27 @@ class Call:
     """One message: some rows of the batch, to one shard."""
 
     shard: int
-    rows: npt.NDArray[np.int64]
+    row_numbers: npt.NDArray[np.int64]
     """[n]: rows of the batch, ascending."""
     data: bytes
 
+    @property
+    def rows(self) -> int:
+        return self.row_numbers.size
+
 
 class BusExperts:
-    """Asks the workers of each shard. The deadline of a call includes waiting for a shard that has no worker."""
+    """Packs each layer's question, has it asked, and combines the answers."""
 
     def __init__(
-        self,
-        bus: Bus,
-        config: ModelConfig,
-        deployment: str,
-        *,
-        num_shards: int,
-        timeout_seconds: float,
-        recovery_seconds: float,
+        self, bus: Bus, config: ModelConfig, calls: Calls, *, num_shards: int, degraded_mode: DegradedMode = "fail"
     ) -> None:
         self._bus = bus
+        self.calls = calls
         self._num_experts = config.num_experts
         self._num_shards = num_shards
-        self._timeout_seconds = timeout_seconds
-        self._recovery_seconds = recovery_seconds
-        self._subjects = [subjects.experts(deployment, shard) for shard in range(num_shards)]
+        self._skips = degraded_mode == "skip"
         self._seconds = {layer: DISPATCH_SECONDS.labels(str(layer)) for layer in config.moe_layers}
-        self._retries = {reason: DISPATCH_RETRIES.labels(reason) for reason in (*HTTP_STATUS, "no_responders")}
         self._row = {layer: row for row, layer in enumerate(config.moe_layers)}
         self.tokens = np.zeros((len(config.moe_layers), config.num_experts), dtype=np.int64)
         """[L, E]: tokens sent to each expert since the start."""
@@ -72,7 +65,17 @@ class BusExperts:
     ) -> BusQuestion:
         """The messages of one layer: pairs grouped by shard, rows split where the bus' limit asks for it."""
         calls = self._pack(layer, hidden, top_k_index, top_k_weights)
-        return BusQuestion(self, layer, hidden, calls)
+        return BusQuestion(self, layer, hidden, (top_k_index, top_k_weights), calls)
+
+    def share(self, routing: Pairs, missing: set[int]) -> torch.Tensor:
+        """[T] float32: the weights of all of a token's experts, over those of the experts that are left; 0 if none is.
+
+        A sum that lacks some experts, times this, is as if the others' gate weights had been renormalised.
+        """
+        index, weights = (part.cpu() for part in routing)
+        left = torch.isin(index % self._num_shards, torch.tensor(sorted(missing)), invert=True)
+        remaining = (weights * left).sum(dim=-1)
+        return torch.where(remaining > 0, weights.sum(dim=-1) / remaining, 0.0).float()
 
     def _pack(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -121,73 +124,56 @@ class BusExperts:
                 pair_start = stop
         return calls
 
-    async def ask(self, layer: int, calls: list[Call]) -> list[bytes]:
-        """The answers to `calls`, in their order. All leave at once; what fails is sent again."""
+    async def ask(self, layer: int, calls: list[Call]) -> list[bytes | None]:
+        """The answers to `calls`, in their order; None for those that DEGRADED_MODE=skip does without.
+
+        Raises:
+            MoeError: `shard_unavailable`, with DEGRADED_MODE=fail.
+
+        """
         start = time.monotonic()
-        timeout = min(CALL_SECONDS, self._timeout_seconds)
-        requests = [(self._subjects[call.shard], call.data) for call in calls]
-        answers = await self._bus.request_all(requests, timeout=timeout, headers=_headers(timeout))
-        if any(isinstance(answer, MoeError) for answer in answers):
-            again = (self._retried(call, answer, start) for call, answer in zip(calls, answers, strict=True))
-            answers = list(await asyncio.gather(*again))
-            for answer in answers:
-                if isinstance(answer, MoeError):
+        answers = await self.calls.ask(calls)
+        for number, answer in enumerate(answers):
+            if isinstance(answer, MoeError):
+                if not self._skips:
                     raise answer
+                log.warning("experts.skipped", layer=layer, shard=calls[number].shard, reason=answer.message)
+                answers[number] = None  # type: ignore[call-overload]
         self._seconds[layer].observe(time.monotonic() - start)
         return answers  # type: ignore[return-value]
-
-    async def _retried(self, call: Call, answer: bytes | MoeError, start: float) -> bytes | MoeError:
-        """The first answer to a call that is none of the errors worth another try; at the end, the reason as a value.
-
-        As a value, so that one failing call does not leave its siblings unfinished.
-        """
-        deadline = start + self._timeout_seconds
-        nobody_since: float | None = None
-        broken = 0
-        while isinstance(answer, MoeError):
-            now = time.monotonic()
-            if isinstance(answer, NoRespondersError):
-                reason = "no_responders"
-                nobody_since = now if nobody_since is None else nobody_since
-                if now - nobody_since >= self._recovery_seconds:
-                    return self._unavailable(call.shard, "no worker serves it")
-            else:
-                reason = answer.code
-                nobody_since = None
-                if reason not in RETRYABLE:
-                    broken += 1
-                    log.warning("experts.broken", shard=call.shard, code=reason, reason=answer.message)
-                    if broken >= MOST_BROKEN_REPLIES:
-                        return self._unavailable(call.shard, f"its workers cannot compute a call ({reason})")
-            if now + RETRY_PAUSE_SECONDS >= deadline:
-                return self._unavailable(call.shard, f"its workers do not answer ({reason})")
-            self._retries[reason].inc()
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
-            timeout = min(CALL_SECONDS, deadline - time.monotonic())
-            request = (self._subjects[call.shard], call.data)
-            answer = (await self._bus.request_all([request], timeout=timeout, headers=_headers(timeout)))[0]
-        return answer
-
-    def _unavailable(self, shard: int, why: str) -> MoeError:
-        return MoeError("shard_unavailable", f"expert shard {shard} is unavailable: {why}; try again in a moment")
 
 
 class BusQuestion:
     """One layer's calls and their answers."""
 
-    def __init__(self, experts: BusExperts, layer: int, hidden: torch.Tensor, calls: list[Call]) -> None:
+    def __init__(
+        self, experts: BusExperts, layer: int, hidden: torch.Tensor, routing: Pairs, calls: list[Call]
+    ) -> None:
         self._experts = experts
         self._layer = layer
         self._hidden = hidden
+        self._routing = routing
         self._calls = calls
-        self._answers: list[bytes] = []
+        self._answers: list[bytes | None] = []
+        self.degraded: torch.Tensor | None = None
+        """[T] bool, after `ask`: rows that lack some of their experts; None if none does."""
 
     async def ask(self) -> None:
         self._answers = await self._experts.ask(self._layer, self._calls)
+        if None in self._answers:
+            self.degraded = torch.zeros(self._hidden.shape[0], dtype=torch.bool)
+            for call, answer in zip(self._calls, self._answers, strict=True):
+                if answer is None:
+                    self.degraded[call.row_numbers] = True
 
     def result(self) -> torch.Tensor:
         try:
-            return combine(self._hidden, self._calls, self._answers)
+            if self.degraded is None:
+                return combine(self._hidden, self._calls, self._answers)  # type: ignore[arg-type]
+            answered = [(c, a) for c, a in zip(self._calls, self._answers, strict=True) if a is not None]
+            out = combine(self._hidden, [c for c, _ in answered], [a for _, a in answered])
+            missing = {c.shard for c, a in zip(self._calls, self._answers, strict=True) if a is None}
+            return out * self._experts.share(self._routing, missing).to(out.device)[:, None]
         except BadMessageError as error:  # a worker's fault, not the client's
             raise MoeError("shard_unavailable", f"an expert worker's answer is no answer: {error.message}") from None
 
@@ -209,13 +195,9 @@ def combine(hidden: torch.Tensor, calls: list[Call], answers: list[bytes]) -> to
     parts = []
     for call, data in zip(calls, answers, strict=True):
         reply = wire.decode(ExpertsReply, data).hidden_states
-        check(reply, "hidden_states", (call.rows.size, width), (dtype,))
+        check(reply, "hidden_states", (call.rows, width), (dtype,))
         parts.append(np.frombuffer(reply.data, dtype=np.uint8))
-    rows = torch.from_numpy(np.concatenate([call.rows for call in calls]))
+    rows = torch.from_numpy(np.concatenate([call.row_numbers for call in calls]))
     values = torch.from_numpy(np.concatenate(parts)).view(hidden.dtype).view(-1, width)
     # Row by row, in the order given: the partial sums of a token in shard order.
     return torch.zeros(hidden.shape, dtype=torch.float32).index_add_(0, rows, values.float()).to(hidden.device)
-
-
-def _headers(timeout: float) -> Headers:
-    return {BUDGET_MS: f"{timeout * 1000:.0f}", REQUEST_ID: request_id.get()}

@@ -24,6 +24,7 @@ from shared.errors import MoeError
 from shared.instrumentation import (
     BATCH_TOKENS,
     DECODE_TIME,
+    DEGRADED_TOKENS,
     PREEMPTIONS,
     PREFILL_TIME,
     QUEUE_TIME,
@@ -129,6 +130,11 @@ class Engine:
         self._wake.set()
         return True
 
+    def told(self, generation_ids: list[str]) -> dict[str, int]:
+        """By the id of each of these generations that is here: how many new tokens it has, those it came with too."""
+        known = ((name, self._sequences.get(name)) for name in generation_ids)
+        return {name: len(sequence.output) for name, sequence in known if sequence and not sequence.cancelled}
+
     async def run(self) -> None:
         while True:
             await self._drop_cancelled_and_expired()
@@ -154,6 +160,8 @@ class Engine:
         rows = sum(w.count for w in work)
         batch = await self._compute(self._build, work, rows=rows)
         result = await forward(self._model, self._experts, self._compute, batch, want_routing=want_routing)
+        if result.degraded is not None:
+            self._note_degraded(work, result.degraded)
         emissions = await self._compute(self._sample, work, batch, result, rows=rows)
         await self._emit(work, emissions)
         await asyncio.sleep(0)  # what was told leaves before the next step computes
@@ -164,6 +172,14 @@ class Engine:
         self._batch_tokens.observe(batch.size)
         self._preemptions.inc(self._scheduler.preemptions - self._preemptions_seen)
         self._preemptions_seen = self._scheduler.preemptions
+
+    def _note_degraded(self, work: list[Work], degraded: torch.Tensor) -> None:
+        """Mark the sequences with rows that lacked experts; `degraded` [T] bool."""
+        DEGRADED_TOKENS.inc(int(degraded.sum()))
+        row = 0
+        for w in work:
+            w.sequence.degraded |= bool(degraded[row : row + w.count].any())
+            row += w.count
 
     async def _idle(self) -> None:
         """Wait for a request; if some wait in line (for blocks, or to expire), look again soon."""
@@ -281,15 +297,17 @@ class Engine:
                 self._observe_token(s, now, finish)
             elif w.completes:
                 finish = "length"
-            prompt_done = s.computed >= s.prompt_length and r.prompt_logprobs >= 0 and len(s.output) <= 1
+            new = len(s.output) - len(r.output_ids)
+            prompt_done = s.computed >= s.prompt_length and r.prompt_logprobs >= 0 and new <= 1
             if emission.token is None and not finish and emission.prompt_logits is None and emission.routing is None:
                 if now - (s.last_sign or s.arrival) > PROGRESS_SECONDS:
                     s.last_sign = now
-                    await self._sink(s, GenerateChunk(id=r.id))
+                    await self._sink(s, GenerateChunk(id=r.id, start=len(s.output)))
                 continue
             chunk = GenerateChunk(
                 id=r.id,
                 token_ids=[] if emission.token is None else [emission.token],
+                start=len(s.output) if emission.token is None else len(s.output) - 1,
                 logprobs=[] if emission.logprob is None else [emission.logprob],
                 prompt_logprobs=s.prompt_logprobs if prompt_done and (emission.token is not None or finish) else None,
                 logits=None if emission.logits is None else to_wire(emission.logits),
@@ -297,6 +315,7 @@ class Engine:
                 routing=None if emission.routing is None else to_wire(emission.routing),
                 finish_reason=finish,
                 stop_token_id=stop_token,
+                degraded=s.degraded,
             )
             if emission.prompt_logits is not None:
                 s.prompt_rows_sent += emission.prompt_logits.shape[0]

@@ -13,6 +13,9 @@ from shared.experts import ExpertBank
 class Question(Protocol):
     """What one layer's experts are asked, and then what they said."""
 
+    degraded: torch.Tensor | None
+    """[T] bool, after `ask`: rows that lack some of their experts; None if none does."""
+
     async def ask(self) -> None:
         """Ask, and wait for every answer.
 
@@ -78,6 +81,7 @@ class LocalQuestion:
         tokens, k = top_k_index.shape
         token_index = torch.arange(tokens, device=hidden.device).repeat_interleave(k)
         self._pairs = (layer, hidden, token_index, top_k_index.flatten(), top_k_weights.flatten())
+        self.degraded: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
 
     async def ask(self) -> None:

@@ -19,6 +19,8 @@ class StepResult:
     """[R, V] float32, for the batch's `logits_rows`."""
     routing: torch.Tensor | None
     """[T, L, k]: experts of each row in each MoE layer, if asked for."""
+    degraded: torch.Tensor | None = None
+    """[T] bool: rows that lacked some of their experts in some layer; None if none did."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,15 @@ async def ask(model: DenseModel, compute: Compute, layer: int, routing: Routing,
 
 async def moe_layer(
     model: DenseModel, experts: Experts, compute: Compute, layer: int, routing: Routing
-) -> torch.Tensor:
-    """One MoE layer by itself: routed experts plus shared expert [T, H]."""
+) -> tuple[torch.Tensor, bool]:
+    """One MoE layer by itself: routed experts plus shared expert [T, H], and whether some experts were left out."""
     rows = routing.hidden.shape[0]
     question = await compute(
         experts.question, layer, routing.hidden, routing.top_k_index, routing.top_k_weights, rows=rows
     )
     answered = await ask(model, compute, layer, routing, question)
-    return (await compute(answered.result, rows=rows)).to(routing.hidden.dtype)
+    out = await compute(answered.result, rows=rows)
+    return out.to(routing.hidden.dtype), question.degraded is not None
 
 
 async def forward(
@@ -78,6 +81,7 @@ async def forward(
     hidden = step.hidden  # [T, H]
     before: MoeLayer | None = None
     taken: list[torch.Tensor] = []
+    degraded: torch.Tensor | None = None
     moe_layers = frozenset(model.config.moe_layers)
 
     def complete(hidden: torch.Tensor, before: MoeLayer | None) -> torch.Tensor:
@@ -100,7 +104,9 @@ async def forward(
             if want_routing:
                 taken.append(routing.top_k_index)
             before = await ask(model, compute, layer, routing, question)
+            if question.degraded is not None:
+                degraded = question.degraded if degraded is None else degraded | question.degraded
         else:
             hidden, before = await compute(dense_layer, layer, hidden, before, rows=rows), None
     result = await compute(logits, hidden, before, rows=rows)
-    return StepResult(result, torch.stack(taken, dim=1) if want_routing else None)
+    return StepResult(result, torch.stack(taken, dim=1) if want_routing else None, degraded)

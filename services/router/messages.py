@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from shared import wire
+from shared.errors import BadMessageError
 from shared.wire import Message, Tensor
 
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -33,6 +35,10 @@ class GenerateRequest(Message, frozen=True, kw_only=True, omit_defaults=True):
     id: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
     token_ids: Annotated[list[Annotated[int, msgspec.Meta(ge=0)]], msgspec.Meta(min_length=1)]
     max_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    """New tokens at most, those of `output_ids` among them."""
+    output_ids: list[Annotated[int, msgspec.Meta(ge=0)]] = []
+    """New tokens that are known already, from a router that was lost: the generation goes on after them, as it would
+    have there (seed, penalties, stop tokens)."""
     sampling: Sampling = Sampling()
     stop_token_ids: list[int] = []
     """Generation ends after one of these; the token is reported but is not part of the text."""
@@ -69,6 +75,8 @@ class GenerateChunk(Message, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     instance: str = ""
     token_ids: list[int] = []
+    start: int = 0
+    """New tokens before this chunk's, those of the request's `output_ids` among them: a gap shows that one was lost."""
     logprobs: list[TokenLogprob] = []
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One per prompt token; None for the first, which nothing precedes. Comes before the first new token."""
@@ -81,6 +89,8 @@ class GenerateChunk(Message, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     """The token that ended it, if one did; it is the last of `token_ids`."""
+    degraded: bool = False
+    """Some token so far was computed without some of its experts (DEGRADED_MODE=skip)."""
 
 
 class ForwardRequest(Message, frozen=True, kw_only=True):
@@ -98,6 +108,8 @@ class ForwardReply(Message, frozen=True, kw_only=True):
     """[T, k] int64."""
     top_k_weights: Tensor
     """[T, k] float32."""
+    degraded: bool = False
+    """Some experts were left out (DEGRADED_MODE=skip)."""
 
 
 class CancelRequest(Message, frozen=True, kw_only=True):
@@ -109,3 +121,28 @@ class CancelRequest(Message, frozen=True, kw_only=True):
 
 class CancelReply(Message, frozen=True, kw_only=True):
     found: bool
+
+
+class CheckRequest(Message, frozen=True, kw_only=True):
+    """`moe.control.router.<instance>`: which of the generations `ids` the router has."""
+
+    op: Literal["check"] = "check"
+    ids: Annotated[list[str], msgspec.Meta(max_length=65536)]
+
+
+class CheckReply(Message, frozen=True, kw_only=True):
+    tokens: dict[str, int]
+    """By the id of each that it has: how many new tokens it has told of."""
+
+
+def decode_control(data: bytes) -> CancelRequest | CheckRequest:
+    """The message to `moe.control.router.<instance>` in `data`.
+
+    Raises:
+        BadMessageError: it is none.
+
+    """
+    try:
+        return wire.decode(CheckRequest, data)
+    except BadMessageError:
+        return wire.decode(CancelRequest, data)

@@ -33,6 +33,12 @@ class Sequence:
     prompt_rows_sent: int = 0
     routing_rows_sent: int = 0
     request_id: str = ""
+    degraded: bool = False
+    """Whether some token so far was computed without some of its experts."""
+
+    def __post_init__(self) -> None:
+        self.output = list(self.request.output_ids)
+        self.counts = Counter(self.output)
 
     @property
     def prompt_length(self) -> int:

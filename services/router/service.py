@@ -12,17 +12,20 @@ import structlog
 import torch
 from nats.aio.msg import Msg
 
+from services.router.calls import Calls
 from services.router.dispatch import BusExperts
 from services.router.engine import Engine
 from services.router.forward import moe_layer
 from services.router.kv_cache import BlockPool, num_blocks
 from services.router.messages import (
     CancelReply,
-    CancelRequest,
+    CheckReply,
+    CheckRequest,
     ForwardReply,
     ForwardRequest,
     GenerateChunk,
     GenerateRequest,
+    decode_control,
 )
 from services.router.model import DenseModel, Routing
 from services.router.options import choose_model
@@ -41,6 +44,7 @@ from shared.instrumentation import (
     REQUESTS_WAITING,
 )
 from shared.logs import request_id, safe_request_id
+from shared.replicas import Replicas
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import RouterSettings
 from shared.status import Fleet, Status
@@ -65,7 +69,8 @@ class Router:
         self._dtype = select_dtype(settings, config)
         self._compute = Compute()
         self._instance = instance_name(settings, "router")
-        self._fleet = Fleet(CLIENT_SILENCE_SECONDS)
+        self._workers = Replicas("expert", self._deployment)
+        self._fleet = Fleet(CLIENT_SILENCE_SECONDS, tell=self._workers.observe)
         self._known_clients: set[str] = set()
         self._served: list[Served] = []
         self._replies: dict[str, str] = {}
@@ -117,14 +122,15 @@ class Router:
         load = self._model_class.load
         self._model = await self._compute(load, self._checkpoint, self._dtype, self._device, self._on_bytes)
         await self._compute(self._model.allocate_cache, self._blocks, s.kv_block_tokens)
-        self._experts = BusExperts(
+        calls = Calls(
             bus,
-            config,
             self._deployment,
+            self._workers,
             num_shards=s.expert_shards,
             timeout_seconds=s.timeout_seconds,
             recovery_seconds=s.expert_recovery_seconds,
         )
+        self._experts = BusExperts(bus, config, calls, num_shards=s.expert_shards, degraded_mode=s.degraded_mode)
         scheduler = Scheduler(
             BlockPool(self._blocks, s.kv_block_tokens),
             batch_size=s.batch_size,
@@ -138,14 +144,15 @@ class Router:
         house = asyncio.create_task(self._keep_house(self._engine, self._experts), name="housekeeping")
         try:
             await bus.serve(subjects.control("router", self._instance), self._on_control, capacity=1024)
-            for subject, handler, workers in (
-                (subjects.generate(self._deployment), self._on_generate, 1),
-                (subjects.forward(self._deployment), self._on_forward, FORWARD_WORKERS),
+            name = self._instance
+            for subject, group, handler, workers in (
+                (subjects.generate(self._deployment), subjects.ROUTER_QUEUE, self._on_generate, 1),
+                (subjects.generate(self._deployment, name), "", self._on_generate, 1),
+                (subjects.forward(self._deployment), subjects.ROUTER_QUEUE, self._on_forward, FORWARD_WORKERS),
+                (subjects.forward(self._deployment, name), "", self._on_forward, FORWARD_WORKERS),
             ):
                 self._served.append(
-                    await bus.serve(
-                        subject, handler, queue_group=subjects.ROUTER_QUEUE, capacity=s.max_waiting, workers=workers
-                    )
+                    await bus.serve(subject, handler, queue_group=group, capacity=s.max_waiting, workers=workers)
                 )
             await bus.flush()
             self._state = "ready"
@@ -270,8 +277,10 @@ class Router:
 
     def _check(self, request: GenerateRequest) -> None:
         vocab, length = self._config.vocab_size, len(request.token_ids)
-        if max(request.token_ids) >= vocab:
+        if max(request.token_ids) >= vocab or max(request.output_ids, default=0) >= vocab:
             raise MoeError("invalid_request", f"token ids must be below {vocab}", param="prompt")
+        if request.output_ids and len(request.output_ids) >= request.max_tokens:
+            raise MoeError("invalid_request", "output_ids leave no token of max_tokens to be made", param="output_ids")
         if any(not 0 <= token < vocab for token in request.sampling.logit_bias):
             raise MoeError("invalid_request", f"logit_bias: token ids must be in [0, {vocab})", param="logit_bias")
         if length + request.max_tokens > self.max_model_len:
@@ -283,9 +292,13 @@ class Router:
             )
 
     async def _on_control(self, message: Msg) -> None:
-        request = wire.decode(CancelRequest, message.data)
-        found = self._engine is not None and self._engine.cancel(request.id)
-        await self._bus.reply(message, wire.encode(CancelReply(found=found)))
+        request = decode_control(message.data)
+        assert self._engine is not None  # noqa: S101 - subscribed only after the engine is there
+        if isinstance(request, CheckRequest):
+            reply = wire.encode(CheckReply(tokens=self._engine.told(request.ids)))
+        else:
+            reply = wire.encode(CancelReply(found=self._engine.cancel(request.id)))
+        await self._bus.reply(message, reply)
 
     async def _on_forward(self, message: Msg) -> None:
         request = wire.decode(ForwardRequest, message.data)
@@ -296,11 +309,12 @@ class Router:
         assert self._model is not None  # noqa: S101 - subscribed only after the model is there
         assert self._experts is not None  # noqa: S101
         routing = await self._compute(self._forward_input, self._model, request, deadline.get())
-        out = await moe_layer(self._model, self._experts, self._compute, request.layer, routing)
+        out, degraded = await moe_layer(self._model, self._experts, self._compute, request.layer, routing)
         reply = ForwardReply(
             hidden_states=to_wire(out.float()),
             top_k_index=to_wire(routing.top_k_index),
             top_k_weights=to_wire(routing.top_k_weights),
+            degraded=degraded,
         )
         await self._bus.reply(message, wire.encode(reply))
 

@@ -75,6 +75,7 @@ SAMPLING_DEFAULTS = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "GenerateRequest": {
         "v": 1,
+        "output_ids": [],
         "sampling": SAMPLING_DEFAULTS,
         "stop_token_ids": [],
         "ignore_eos": False,
@@ -89,6 +90,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "v": 1,
         "instance": "",
         "token_ids": [],
+        "start": 0,
         "logprobs": [],
         "prompt_logprobs": None,
         "logits": None,
@@ -96,11 +98,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "routing": None,
         "finish_reason": None,
         "stop_token_id": None,
+        "degraded": False,
     },
     "ForwardRequest": {"v": 1},
-    "ForwardReply": {"v": 1},
+    "ForwardReply": {"v": 1, "degraded": False},
     "CancelRequest": {"v": 1, "op": "cancel"},
     "CancelReply": {"v": 1},
+    "CheckRequest": {"v": 1, "op": "check"},
+    "CheckReply": {"v": 1},
     "ExpertsRequest": {"v": 1},
     "ExpertsReply": {"v": 1},
     "Event": {"v": 1},
@@ -144,6 +149,8 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "CancelRequest": {"id": "g-1"},
     "CancelReply": {"found": True},
+    "CheckRequest": {"ids": ["g-1"]},
+    "CheckReply": {"tokens": {"g-1": 3}},
     "ExpertsRequest": {
         "layer": 1,
         "hidden_states": tensor("float32", [3, 2], HIDDEN),
@@ -176,6 +183,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
             "id": "g-2é",
             "token_ids": [0, 127, 128, 65535, 65536],
             "max_tokens": 1000,
+            "output_ids": [7, 4000],
             "sampling": {
                 "temperature": 0.7,
                 "top_p": 0.9,
@@ -223,6 +231,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
             "id": "g-2",
             "instance": "router-1",
             "token_ids": [7],
+            "start": 2,
             "logprobs": [[7, -0.25, 1, [[7, -0.25], [9, -2.5]]]],
             "prompt_logprobs": [None, [5, -3.5, 12, []]],
             "logits": tensor("float32", [1, 4], [0.0, 1.0, -1.5, 0.25]),
@@ -230,6 +239,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
             "routing": tensor("int32", [2, 1, 2], [0, 1, 1, 0]),
             "finish_reason": "length",
             "stop_token_id": None,
+            "degraded": True,
         },
     ),
     ("chunk: a log-probability without alternatives", "GenerateChunk", {"id": "g-1", "logprobs": [[7, -0.25, 1]]}),
@@ -243,6 +253,14 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
     ("forward: the answer", "ForwardReply", {"v": 1, **MINIMAL["ForwardReply"]}),
     ("cancel", "CancelRequest", {"v": 1, "op": "cancel", "id": "g-1"}),
     ("cancel: the answer", "CancelReply", {"v": 1, "found": False}),
+    ("check", "CheckRequest", {"v": 1, "op": "check", "ids": ["g-1", "g-2"]}),
+    ("check: the answer", "CheckReply", {"v": 1, "tokens": {"g-1": 17}}),
+    (
+        "generate: to go on after three tokens",
+        "GenerateRequest",
+        {"v": 1, "id": "g-1.1", "token_ids": [489, 889, 65], "max_tokens": 8, "output_ids": [472, 65, 9]},
+    ),
+    ("chunk: the fourth token", "GenerateChunk", {"v": 1, "id": "g-1.1", "token_ids": [12], "start": 3}),
     ("experts: float32", "ExpertsRequest", {"v": 1, **MINIMAL["ExpertsRequest"]}),
     (
         "experts: bfloat16",
@@ -390,7 +408,7 @@ def hostile_of_every_type() -> list[dict[str, Any]]:
         for key in minimal:
             add(f"{key} is missing", kind, packb({k: value for k, value in whole.items() if k != key}))
             add(f"{key} is nil", kind, packb({**whole, key: None}))
-            add(f"{key} is a map", kind, packb({**whole, key: {"a": 1}}))
+            add(f"{key} is a map", kind, packb({**whole, key: {"a": [1]}}))
             add(f"{key} is an extension type", kind, packb({**whole, key: msgpack.ExtType(5, b"abc")}))
             add(f"{key} is a timestamp", kind, packb({**whole, key: msgpack.Timestamp(1)}))
         head = bytes([good[0] + 1]) + good[1:] + packb("unknown")
@@ -450,6 +468,7 @@ def hostile_values() -> list[tuple[str, str, dict[str, Any]]]:
         ("a boolean among the tokens", {"token_ids": [True]}),
         ("tokens as a tensor", {"token_ids": tensor("int32", [1], [5])}),
         ("a negative max_tokens", {"max_tokens": -1}),
+        ("a negative token in output_ids", {"output_ids": [5, -1]}),
         ("max_tokens as a float", {"max_tokens": 1.0}),
         ("max_tokens as text", {"max_tokens": "1"}),
         ("logprobs of 21", {"logprobs": 21}),
@@ -482,6 +501,10 @@ def hostile_values() -> list[tuple[str, str, dict[str, Any]]]:
         ("ExpertsRequest", "a negative layer", {"layer": -1}),
         ("CancelRequest", "an op that no one knows", {"op": "drain"}),
         ("CancelReply", "found as a number", {"found": 1}),
+        ("CheckRequest", "an id that is a number", {"ids": [1]}),
+        ("CheckReply", "a count as text", {"tokens": {"g-1": "3"}}),
+        ("ForwardReply", "degraded as a number", {"degraded": 1}),
+        ("GenerateChunk", "a start as text", {"start": "2"}),
         ("Status", "an unknown state", {"state": "odd"}),
         ("Status", "shards as text", {"shards": "0,1"}),
         ("Status", "started as a timestamp", {"started": msgpack.Timestamp(1)}),
@@ -495,7 +518,7 @@ def hostile() -> list[dict[str, Any]]:
     vectors = hostile_of_every_type()
     for kind, minimal in MINIMAL.items():
         for key, value in minimal.items():
-            if not (isinstance(value, list) and isinstance(value[0], str)):
+            if not (isinstance(value, list) and len(value) == 3 and isinstance(value[0], str)):
                 continue
             for name, wrong in hostile_tensors():
                 raw = packb({"v": 1, **minimal, key: wrong})

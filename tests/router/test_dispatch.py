@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from nats.aio.msg import Msg
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
 from services.nats_server import binary, free_port
+from services.router.calls import Calls
 from services.router.dispatch import BusExperts, Call, combine
 from services.router.experts import Experts, LocalExperts
 from shared import subjects, wire
@@ -28,6 +30,9 @@ from shared.errors import MoeError
 from shared.experts import ExpertBank
 from shared.instrumentation import REGISTRY
 from shared.logs import request_id
+from shared.replicas import Replicas
+from shared.settings import DegradedMode
+from shared.status import Status
 from shared.tensors import from_wire, to_wire
 from tests.oracle import make_checkpoint
 from tests.router.configurations import configuration
@@ -127,16 +132,28 @@ async def connected(url: str) -> AsyncIterator[Bus]:
 class Cluster:
     """A deployment of its own: a router's dispatch, and workers that a test writes itself."""
 
-    def __init__(self, url: str, router: Bus, layer: Layer, shards: int, timeout: float, recovery: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        router: Bus,
+        layer: Layer,
+        shards: int,
+        timeout: float,
+        recovery: float,
+        degraded_mode: DegradedMode = "fail",
+    ) -> None:
         self.deployment = f"dispatch-{next(_names)}"
-        self.experts = BusExperts(
+        self.workers = Replicas("expert", self.deployment)
+        self.calls = Calls(
             router,
-            configuration(num_local_experts=EXPERTS),
             self.deployment,
+            self.workers,
             num_shards=shards,
             timeout_seconds=timeout,
             recovery_seconds=recovery,
         )
+        config = configuration(num_local_experts=EXPERTS)
+        self.experts = BusExperts(router, config, self.calls, num_shards=shards, degraded_mode=degraded_mode)
         self.asked: list[int] = []
         """The shards that were asked, in order."""
         self.stack = contextlib.AsyncExitStack()
@@ -153,8 +170,22 @@ class Cluster:
 
         subject, group = subjects.experts(self.deployment, shard), subjects.shard_queue(shard)
         await bus.serve(subject, serve, queue_group=group)
+        await bus.serve(subjects.worker(self.deployment, bus.instance), serve, workers=4)
         await bus.flush()
         return bus
+
+    async def reported(self, shard: int, handler: Handler | None = None) -> Bus:
+        """A worker of `shard` that is known by its report, and so asked by its own subject."""
+        bus = await self.worker(shard, handler)
+        self.report(bus, shard)
+        return bus
+
+    def report(self, bus: Bus, shard: int) -> None:
+        """The worker's report, of this moment."""
+        status = Status(
+            service="expert", instance=bus.instance, deployment=self.deployment, state="ready", shards=(shard,)
+        )
+        self.workers.observe(status, time.monotonic())
 
     async def ask(self) -> torch.Tensor:
         return await asked(self.experts, self._layer)
@@ -162,10 +193,16 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def cluster(
-    url: str, layer: Layer, *, shards: int = 2, timeout: float = 20, recovery: float = 10
+    url: str,
+    layer: Layer,
+    *,
+    shards: int = 2,
+    timeout: float = 20,
+    recovery: float = 10,
+    degraded_mode: DegradedMode = "fail",
 ) -> AsyncIterator[Cluster]:
     async with connected(url) as router:
-        made = Cluster(url, router, layer, shards, timeout, recovery)
+        made = Cluster(url, router, layer, shards, timeout, recovery, degraded_mode)
         async with made.stack:
             yield made
 
@@ -202,13 +239,14 @@ def test_packing_loses_no_pair_and_fits_the_bus(
 ) -> None:
     hidden, index, weights = pairs(tokens, seed, top_k)
     config = configuration(num_local_experts=EXPERTS)
-    experts = BusExperts(small_bus, config, "d", num_shards=shards, timeout_seconds=1, recovery_seconds=1)
+    asking = Calls(small_bus, "d", Replicas("expert", "d"), num_shards=shards, timeout_seconds=1, recovery_seconds=1)
+    experts = BusExperts(small_bus, config, asking, num_shards=shards)
     calls = experts._pack(0, hidden, index, weights)
     seen = []
     for call in calls:
         assert len(call.data) <= small_bus.max_payload
         request = wire.decode(ExpertsRequest, call.data)
-        rows = call.rows.tolist()
+        rows = call.row_numbers.tolist()
         assert rows == sorted(set(rows))
         assert torch.equal(from_wire(request.hidden_states, "h", (None, HIDDEN), ("float32",)), hidden[rows])
         token_index = from_wire(request.token_index, "t", (None,), ("int32",)).tolist()
@@ -436,3 +474,106 @@ async def test_a_cancelled_call_leaves_nothing_waiting(nats_url: str, layer: Lay
                 await asking
             assert router.waiting == 0
             silent.set()
+
+
+# -- replicas ----------------------------------------------------------------------------------------------------------
+
+
+def silent_after(answers: int, layer: Layer, fallen_silent: asyncio.Event) -> Handler:
+    """A handler that answers so many calls, and none after them: as a process that was stopped."""
+    left = [answers]
+
+    async def handler(message: Msg) -> bytes:
+        if not left[0]:
+            fallen_silent.set()
+            await asyncio.get_running_loop().create_future()
+        left[0] -= 1
+        return await layer.answer(message)
+
+    return handler
+
+
+async def test_known_workers_take_turns(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1) as c:
+        names: list[str] = []
+        for name in ("a", "b"):
+
+            def naming(name: str) -> Handler:
+                async def handler(message: Msg) -> bytes:
+                    names.append(name)
+                    return await layer.answer(message)
+
+                return handler
+
+            await c.reported(0, naming(name))
+        for _ in range(6):
+            await c.ask()
+        assert sorted(names[:2]) == ["a", "b"]
+        assert names == names[:2] * 3
+
+
+async def test_a_worker_that_is_gone_is_found_out_at_once_and_not_asked_again(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1) as c:
+        gone = await c.reported(0)
+        await c.reported(0)
+        await gone.abort()
+        before = retries("no_responders")
+        for _ in range(4):
+            assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+        assert retries("no_responders") - before == 1
+
+
+async def test_a_call_that_a_worker_took_along_is_answered_by_another(nats_url: str, layer: Layer) -> None:
+    fallen_silent = asyncio.Event()
+    async with cluster(nats_url, layer, shards=1) as c:
+        stopped = await c.reported(0, silent_after(0, layer, fallen_silent))
+        await c.reported(0)
+        for _ in range(4):
+            assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+        assert fallen_silent.is_set()
+        assert c.workers.ejections == 1
+        assert c.workers.choose(0, time.monotonic()) != stopped.instance
+
+
+async def test_a_slow_call_is_hedged_within_its_budget(nats_url: str, layer: Layer) -> None:
+    fallen_silent = asyncio.Event()
+    async with cluster(nats_url, layer, shards=1) as c:
+        await c.reported(0, silent_after(20, layer, fallen_silent))
+        await c.reported(0)
+        while not fallen_silent.is_set():
+            assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+        # The latencies of forty calls are known by now: the silent worker's first call does not wait for its verdict.
+        assert c.calls.hedges.taken >= 1
+        assert c.workers.ejections == 0
+        assert c.calls.hedges.taken <= 0.05 * c.calls.hedges.calls + 1
+
+
+async def test_the_only_worker_stays_in_however_often_it_fails(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1) as c:
+        await c.reported(0, refusing("internal_error", 2, layer))
+        assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+
+
+async def test_an_outage_is_not_made_worse_by_retries(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1, timeout=1) as c:
+        await c.reported(0, refusing("overloaded", 10**6, layer))
+        await asyncio.gather(*(c.ask() for _ in range(40)), return_exceptions=True)
+        assert c.calls.retries.refused, "the budget was never empty"
+        # A fifth of the calls, and ten each second for those who call seldom.
+        assert len(c.asked) <= 40 + 0.2 * 40 + 10 * 2.5
+
+
+async def test_without_a_shard_its_experts_are_left_out_and_it_is_said(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=2, recovery=0.1, degraded_mode="skip") as c:
+        await c.worker(0)
+        question = c.experts.question(0, layer.hidden, layer.index, layer.weights)
+        await question.ask()
+        assert question.degraded is not None
+        without = layer.index % 2 == 1
+        assert torch.equal(question.degraded, without.any(dim=-1))
+        kept = layer.weights * ~without
+        scale = torch.nan_to_num(layer.weights.sum(-1) / kept.sum(-1), posinf=0.0)[:, None]
+        alone = Layer(layer.bank, layer.compute, layer.hidden, layer.index, kept * scale)
+        assert torch.allclose(question.result(), await alone.expected(), atol=1e-5)
+        await c.worker(1)
+        assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)

@@ -1,0 +1,63 @@
+"""How long expert calls take, by their size: after which time one is called slow, and after which stalled. A pure core.
+
+A call that outlives 95 % of its like is sent to a second worker ("The Tail at Scale", Dean and Barroso, CACM 2013).
+"""
+
+from __future__ import annotations
+
+WINDOW = 128
+REFRESH = 16
+"""The percentile is worked out anew after so many calls."""
+LEAST_SAMPLES = 16
+QUANTILE = 0.95
+LEAST_HEDGE_SECONDS = 0.02
+"""Below this, what differs between two calls is the operating system's business."""
+STALL_FACTOR = 4.0
+LEAST_STALL_SECONDS = 0.5
+UNKNOWN_STALL_SECONDS = 2.0
+SIZES = 32
+
+
+class Latencies:
+    """The latest latencies of each size of call, a size being a power of two of rows."""
+
+    def __init__(self) -> None:
+        self._samples: list[list[float]] = [[] for _ in range(SIZES)]
+        self._counts = [0] * SIZES
+        self._slow: list[float | None] = [None] * SIZES
+
+    @staticmethod
+    def size(rows: int) -> int:
+        """The size of a call of so many rows."""
+        return min(rows.bit_length(), SIZES - 1)
+
+    def add(self, size: int, seconds: float) -> None:
+        """One call of this size was answered after `seconds`."""
+        samples, count = self._samples[size], self._counts[size]
+        if len(samples) < WINDOW:
+            samples.append(seconds)
+        else:
+            samples[count % WINDOW] = seconds
+        self._counts[size] = count + 1
+        if (count + 1) % REFRESH == 0:
+            self._slow[size] = sorted(samples)[int(QUANTILE * len(samples))]
+
+    def hedge_after(self, size: int) -> float | None:
+        """Seconds after which a call of this size is one of the slowest; None if too little is known."""
+        slow = self._slow[size]
+        return None if slow is None else max(slow, LEAST_HEDGE_SECONDS)
+
+    def stalled_after(self, size: int) -> float:
+        """Seconds after which a call of this size is taken for lost with its worker."""
+        slow = self._slow[size]
+        if slow is None:
+            slow = self._guess(size)
+        return UNKNOWN_STALL_SECONDS if slow is None else max(STALL_FACTOR * slow, LEAST_STALL_SECONDS)
+
+    def _guess(self, size: int) -> float | None:
+        """From the nearest smaller size that is known, as if time grew with the rows; or from the nearest larger."""
+        for smaller in range(size - 1, -1, -1):
+            slow = self._slow[smaller]
+            if slow is not None:
+                return slow * 2.0 ** (size - smaller)
+        return next((slow for slow in self._slow[size + 1 :] if slow is not None), None)
