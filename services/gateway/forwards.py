@@ -11,17 +11,23 @@ import numpy.typing as npt
 import structlog
 
 from services.gateway.gathering import Gathering, Member
+from services.gateway.liveness import SILENT_SECONDS, Liveness
 from services.router.messages import ForwardReply, ForwardRequest
 from shared import subjects, wire
-from shared.bus import BUDGET_MS, REQUEST_ID, Bus, NoRespondersError
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Headers, NoRespondersError
 from shared.checkpoint import ModelConfig
 from shared.errors import MoeError
 from shared.logs import request_id
+from shared.replicas import ANYTHING, Replicas
 from shared.settings import GatewaySettings
 
 log = structlog.get_logger()
 
 OVERHEAD_BYTES = 4096
+RETRY_PAUSE_SECONDS = 0.1
+MOST_LOSSES = 5
+"""So many routers may be lost over one request: one that kills them must not go round for ever."""
+LOST = frozenset({"router_unavailable", "bus_unavailable", "draining"})
 Array = npt.NDArray[np.generic]
 Answer = tuple[Array, Array, Array]
 """The layer's output [T, H] float32, each row's experts [T, k] int64, and their weights [T, k] float32."""
@@ -41,9 +47,13 @@ class Waiting:
 class Forwards:
     """Asks routers for forward passes."""
 
-    def __init__(self, bus: Bus, deployment: str, config: ModelConfig, settings: GatewaySettings) -> None:
+    def __init__(
+        self, bus: Bus, deployment: str, config: ModelConfig, routers: Replicas, settings: GatewaySettings
+    ) -> None:
         self._bus = bus
-        self._subject = subjects.forward(deployment)
+        self._deployment = deployment
+        self._routers = routers
+        self._liveness = Liveness(bus)
         self._config = config
         self._seconds = settings.timeout_seconds
         self._batch_rows = settings.forward_batch_rows
@@ -161,19 +171,59 @@ class Forwards:
             self._soon(layer)
 
     async def _ask(self, layer: int, hidden: Array, deadline: float, name: str) -> Answer:
-        """One message and its reply."""
-        left = deadline - time.monotonic()
+        """One message and its reply, asked of another router when one is lost."""
         message = ForwardRequest(layer=layer, hidden_states=wire.Tensor.from_numpy(hidden))
-        headers = {REQUEST_ID: name, BUDGET_MS: f"{left * 1000:.0f}"}
-        try:
-            data = await self._bus.request(self._subject, wire.encode(message), timeout=left, headers=headers)
-        except NoRespondersError:
-            raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
-        reply = wire.decode(ForwardReply, data)
+        data, losses = wire.encode(message), 0
+        while True:
+            now = time.monotonic()
+            instance = self._routers.choose(ANYTHING, now)
+            headers = {REQUEST_ID: name, BUDGET_MS: f"{(deadline - now) * 1000:.0f}"}
+            try:
+                reply = wire.decode(ForwardReply, await self._reply(instance, data, deadline, headers))
+                break
+            except MoeError as error:
+                losses += error.code == "router_unavailable" and not isinstance(error, NoRespondersError)
+                lost = error.code in LOST and losses <= MOST_LOSSES
+                if not lost or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
+                    if isinstance(error, NoRespondersError):
+                        raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
+                    raise
+            if self._routers.choose(ANYTHING, time.monotonic(), () if instance is None else (instance,)) is None:
+                await asyncio.sleep(RETRY_PAUSE_SECONDS)
         answer = (reply.hidden_states.to_numpy(), reply.top_k_index.to_numpy(), reply.top_k_weights.to_numpy())
         if any(part.shape[:1] != hidden.shape[:1] for part in answer):
             raise MoeError("internal_error", "the router's answer has another number of rows than the request")
         return answer
+
+    async def _reply(self, instance: str | None, data: bytes, deadline: float, headers: Headers) -> bytes:
+        """The answer of the router `instance`, or of any, to one sending.
+
+        Raises:
+            MoeError: `router_unavailable`, as soon as the router is known to be gone; or what it says.
+
+        """
+        subject = subjects.forward(self._deployment, instance or "")
+        with self._bus.exchange(1, headers) as exchange:
+            exchange.send(0, subject, data)
+            while not await exchange.wait(min(deadline, time.monotonic() + SILENT_SECONDS)):
+                for _, error in exchange.take_errors():
+                    if isinstance(error, NoRespondersError) and instance is not None:
+                        self._routers.gone(instance)
+                    raise error
+                if time.monotonic() >= deadline:
+                    raise MoeError("deadline_exceeded", f"no answer on {subject} within {self._seconds:.3g} s")
+                if instance is not None:
+                    await self._check(instance)
+            return exchange.answers[0]
+
+    async def _check(self, instance: str) -> None:
+        """Find out whether the router is still there."""
+        try:
+            await self._liveness.generations(instance, [])
+        except MoeError as error:
+            if error.code == "router_unavailable":
+                self._routers.failed(instance, time.monotonic())
+                raise
 
     async def close(self) -> None:
         """End what is under way; to be called when no request is open."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
@@ -15,27 +14,37 @@ import structlog
 
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
+from services.gateway.liveness import Liveness, Watched
+from services.gateway.progress import Progress
 from services.gateway.report import Rate, Window
 from services.gateway.text import IncrementalDecoder, StopStrings, TextTokenizer
 from services.router.messages import CancelRequest, GenerateChunk, GenerateRequest, TokenLogprob
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, NoRespondersError, ReplyStream
-from shared.errors import MoeError
+from shared.errors import BadMessageError, MoeError
 from shared.instrumentation import (
     E2E_LATENCY,
     GENERATION_TOKENS,
     INTER_TOKEN_LATENCY,
     PROMPT_TOKENS,
     REQUEST_SUCCESS,
+    RESUMPTIONS,
     TIME_TO_FIRST_TOKEN,
 )
 from shared.logs import request_id
+from shared.replicas import ANYTHING, Replicas
 
 log = structlog.get_logger()
 
 RETRY_PAUSE_SECONDS = 0.1
 CANCEL_SECONDS = 2.0
+RECONNECT_SECONDS = 10.0
+"""A cancellation waits so long for a connection."""
+ACCEPT_SECONDS = 1.0
+"""A router says at once that it takes a request; one that does not is passed over. Doubled at each try."""
 RETRYABLE = frozenset({"overloaded", "bus_unavailable", "draining"})
+LOST = frozenset({"router_unavailable", "bus_unavailable", "draining", "cancelled", "chunk_lost", "bad_message"})
+"""Errors in the middle of a stream after which another router can go on."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Piece:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     routing: list[wire.Tensor] = field(default_factory=list)
     finish_reason: str | None = None
+    degraded: bool = False
 
 
 class Observations:
@@ -96,6 +106,14 @@ class Observations:
         self.failed += 1
 
 
+class _LostError(Exception):
+    """A stream has ended before its last chunk, but not the generation."""
+
+    def __init__(self, error: MoeError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
 class Generator:
     """Asks routers for generations."""
 
@@ -107,10 +125,13 @@ class Generator:
         admission: Admission,
         observations: Observations,
         answers: Answers,
+        routers: Replicas,
         timeout_seconds: float,
     ) -> None:
         self._bus = bus
-        self._subject = subjects.generate(deployment)
+        self._deployment = deployment
+        self._routers = routers
+        self._liveness = Liveness(bus)
         self._tokenizer = tokenizer
         self._admission = admission
         self._observations = observations
@@ -159,7 +180,9 @@ class Generator:
                 routing = [chunk.routing] if chunk.routing else []
                 if reason:
                     self._observations.end(arrival, now, len(request.token_ids), reason)
-                yield Piece(text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason)
+                yield Piece(
+                    text, chunk.token_ids, chunk.logprobs, chunk.prompt_logprobs, routing, reason, chunk.degraded
+                )
                 if reason:
                     return
 
@@ -184,57 +207,119 @@ class Generator:
         async with contextlib.aclosing(self._from_router(request)) as chunks:
             async for chunk in chunks:
                 taken.append(chunk)
-                if chunk.finish_reason is not None:
+                if chunk.finish_reason is not None and not chunk.degraded:
                     self._own(self._answers.keep(key, taken))
                 yield chunk
 
     async def _from_router(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
-        """A router's chunks, to the last; leaving early cancels the generation."""
-        stream, accepted = await self._ask(request)
-        with stream:
-            finished = False
-            try:
-                while not finished:
-                    chunk = wire.decode(GenerateChunk, await stream.next(self._timeout_seconds))
-                    finished = chunk.finish_reason is not None
-                    if chunk.finish_reason == "cancelled":
-                        raise MoeError("cancelled", "the router cancelled the generation")
-                    yield chunk
-            finally:
-                if not finished:
-                    self._own(self._cancel(accepted.id, accepted.instance))
+        """A router's chunks, to the last; leaving early cancels the generation.
 
-    async def _ask(self, request: GenerateRequest) -> tuple[ReplyStream, GenerateChunk]:
-        """Publish the request until a router takes it; its first, empty chunk says which one did.
-
-        Each try has an id and an inbox of its own: of two routers that took two tries, only one is listened to.
+        When the router is lost, another goes on from the tokens so far.
         """
+        progress = Progress(request)
+        while True:
+            try:
+                async with contextlib.aclosing(self._try(progress)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                        if chunk.finish_reason is not None:
+                            return
+            except _LostError as lost:
+                error = lost.error
+                if not progress.lost():
+                    raise error from None
+                RESUMPTIONS.labels(error.code).inc()
+                log.warning(
+                    "generation.resumed",
+                    id=request.id,
+                    code=error.code,
+                    reason=error.message,
+                    tokens=len(progress.tokens),
+                )
+
+    async def _try(self, progress: Progress) -> AsyncGenerator[GenerateChunk, None]:
+        """What one router says beyond what is known, to the last chunk.
+
+        Raises:
+            MoeError: what no other router would mend.
+            _LostError: the rest has to come from another.
+
+        """
+        stream, accepted = await self._ask(progress)
+        watched = Watched(accepted.id, accepted.instance, stream.fail, time.monotonic(), tokens=len(progress.tokens))
+        self._liveness.add(watched)
+        finished = False
+        try:
+            with stream:
+                while not finished:
+                    try:
+                        data = await stream.next(self._timeout_seconds)
+                        chunk = progress.take(wire.decode(GenerateChunk, data))
+                    except MoeError as error:
+                        if error.code in LOST:
+                            raise _LostError(error) from None
+                        raise
+                    watched.last_sign = time.monotonic()
+                    watched.tokens = len(progress.tokens)
+                    finished = chunk.finish_reason is not None
+                    yield chunk
+        except _LostError as lost:
+            if lost.error.code == "router_unavailable":
+                self._routers.failed(accepted.instance, time.monotonic())
+            raise
+        finally:
+            self._liveness.remove(watched)
+            if not finished:
+                self._own(self._cancel(accepted.id, accepted.instance))
+
+    async def _ask(self, progress: Progress) -> tuple[ReplyStream, GenerateChunk]:
+        """Publish the request until a router takes it; its first, empty chunk says which one did."""
         deadline = time.monotonic() + self._timeout_seconds
-        for attempt in itertools.count():
-            name = f"{request.id}.{attempt}" if attempt else request.id
-            data = wire.encode(msgspec.structs.replace(request, id=name))
-            left = deadline - time.monotonic()
+        patience = ACCEPT_SECONDS
+        refused_by: set[str] = set()
+        while True:
+            request = progress.next_try()
+            now = time.monotonic()
+            left = deadline - now
+            instance = self._routers.choose(ANYTHING, now, refused_by)
+            if instance is None and refused_by:
+                refused_by.clear()
+                instance = self._routers.choose(ANYTHING, now)
             headers = {REQUEST_ID: request_id.get() or request.id, BUDGET_MS: f"{left * 1000:.0f}"}
             stream = self._bus.open_stream()
             try:
-                await self._bus.publish(self._subject, data, reply=stream.inbox, headers=headers)
-                accepted = wire.decode(GenerateChunk, await stream.next(left))
-                return stream, msgspec.structs.replace(accepted, id=name)
+                subject = subjects.generate(self._deployment, instance or "")
+                await self._bus.publish(subject, wire.encode(request), reply=stream.inbox, headers=headers)
+                accepted = wire.decode(GenerateChunk, await stream.next(min(left, patience)))
+                if instance is not None:
+                    self._routers.answered(instance)
+                if not subjects.is_token(accepted.instance):
+                    raise BadMessageError("the first chunk of a stream must name its router")
+                return stream, msgspec.structs.replace(accepted, id=request.id)
             except asyncio.CancelledError:  # the reader left; whoever takes the request should hear of it
-                self._own(self._abandon(stream, name, deadline))
+                self._own(self._abandon(stream, request.id, deadline))
                 raise
             except MoeError as error:
-                if error.code == "bus_unavailable":
-                    self._own(self._abandon(stream, name, deadline))
+                late = error.code == "deadline_exceeded"
+                if error.code == "bus_unavailable" or late:
+                    self._own(self._abandon(stream, request.id, deadline))
                 else:
                     stream.close()
-                retry = isinstance(error, NoRespondersError) or error.code in RETRYABLE
-                if not retry or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
+                if late:
+                    patience *= 2
+                if instance is not None:
+                    refused_by.add(instance)
+                    if isinstance(error, NoRespondersError) or error.code == "draining":
+                        self._routers.gone(instance)
+                    elif late:
+                        self._routers.failed(instance, time.monotonic())
+                again = isinstance(error, NoRespondersError) or error.code in RETRYABLE or late
+                if not again or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
                     if isinstance(error, NoRespondersError):
                         raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
                     raise
-            await asyncio.sleep(RETRY_PAUSE_SECONDS)
-        raise AssertionError("unreachable: the deadline ends the loop")
+            if self._routers.choose(ANYTHING, time.monotonic(), refused_by) is None:
+                await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
     def _own(self, farewell: Coroutine[Any, Any, None]) -> None:
         """Run `farewell` beside; it is ours, as the request's own task may be ending."""
@@ -258,14 +343,21 @@ class Generator:
 
     async def _cancel(self, name: str, instance: str) -> None:
         """Tell the router that nobody reads any more."""
-        try:
-            subject = subjects.control("router", instance)
-            await self._bus.request(subject, wire.encode(CancelRequest(id=name)), timeout=CANCEL_SECONDS)
-        except MoeError as error:
-            log.info("cancel.unanswered", id=name, code=error.code)
+        subject, question = subjects.control("router", instance), wire.encode(CancelRequest(id=name))
+        deadline = time.monotonic() + RECONNECT_SECONDS
+        while True:
+            try:
+                await self._bus.request(subject, question, timeout=CANCEL_SECONDS)
+            except MoeError as error:
+                if error.code == "bus_unavailable" and time.monotonic() < deadline:
+                    await asyncio.sleep(RETRY_PAUSE_SECONDS)
+                    continue
+                log.info("cancel.unanswered", id=name, code=error.code)
+            return
 
     async def close(self) -> None:
         """Wait a moment for cancellations under way, then leave the rest to the routers, who notice our silence."""
+        await self._liveness.close()
         if self._farewells:
             _, late = await asyncio.wait(self._farewells, timeout=CANCEL_SECONDS)
             for task in late:

@@ -21,6 +21,7 @@ from services.gateway.operations import health
 from services.gateway.text import TextTokenizer
 from shared.checkpoint import Checkpoint
 from shared.errors import StartError
+from shared.replicas import Replicas
 from shared.service import base_status, instance_name, serve_metrics, service_context
 from shared.settings import GatewaySettings
 from shared.status import Fleet, Status, StatusReporter
@@ -87,17 +88,18 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         stack.callback(stop_metrics)
         service = await stack.enter_async_context(service_context(settings, "gateway", instance, status))
         reporter = service.reporter
-        fleet = Fleet()
-        await fleet.watch(service.bus)
         deployment = checkpoint.deployment(settings.model_name)
+        routers = Replicas("router", deployment)
+        fleet = Fleet(tell=routers.observe)
+        await fleet.watch(service.bus)
         admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
         observations = Observations(settings.model_name)
         answers = Answers.open(settings, deployment)
         stack.push_async_callback(answers.close)
         generator = Generator(
-            service.bus, deployment, tokenizer, admission, observations, answers, settings.timeout_seconds
+            service.bus, deployment, tokenizer, admission, observations, answers, routers, settings.timeout_seconds
         )
-        forwards = Forwards(service.bus, deployment, checkpoint.config, settings)
+        forwards = Forwards(service.bus, deployment, checkpoint.config, routers, settings)
         stack.push_async_callback(forwards.close)
         context = Context(
             settings,

@@ -12,6 +12,7 @@ from services.gateway.generation import Generator, Observations
 from services.gateway.text import TextTokenizer
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
+from shared.replicas import Replicas
 from shared.settings import DEMO_MODEL, GatewaySettings
 from shared.status import Fleet
 
@@ -25,7 +26,10 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
     admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
     observations = Observations(settings.model_name)
     answers = Answers.open(settings, deployment)
-    generator = Generator(bus, deployment, tokenizer, admission, observations, answers, settings.timeout_seconds)
+    routers = Replicas("router", deployment)
+    generator = Generator(
+        bus, deployment, tokenizer, admission, observations, answers, routers, settings.timeout_seconds
+    )
     return Context(
         settings,
         checkpoint.config,
@@ -38,5 +42,5 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
         observations,
         answers,
         generator,
-        Forwards(bus, deployment, checkpoint.config, settings),
+        Forwards(bus, deployment, checkpoint.config, routers, settings),
     )

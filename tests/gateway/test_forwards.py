@@ -19,6 +19,7 @@ from shared.bus import BUDGET_MS, REQUEST_ID, Bus
 from shared.checkpoint import Checkpoint
 from shared.errors import MoeError
 from shared.logs import request_id
+from shared.replicas import Replicas
 from shared.settings import DEMO_MODEL, GatewaySettings
 from tests.running import wait_until
 
@@ -93,7 +94,7 @@ async def scripted(nats_url: str, script: Script, **changes: float) -> AsyncIter
         router = Router(buses[0], script)
         await buses[0].serve(subjects.forward(deployment), router.on_forward, queue_group="router", workers=8)
         await buses[0].flush()
-        forwards = Forwards(buses[1], deployment, CONFIG, settings)
+        forwards = Forwards(buses[1], deployment, CONFIG, Replicas("router", deployment), settings)
         stack.push_async_callback(forwards.close)
         yield forwards, router
 
@@ -159,8 +160,8 @@ async def test_an_error_reaches_each_of_a_batch_and_the_next_batch_leaves(nats_u
         check(await forwards.small(0, row(4)), 4)
 
 
-async def test_without_a_router_it_says_so(nats_url: str) -> None:
-    async with scripted(nats_url, at_once) as (forwards, router):
+async def test_without_a_router_it_waits_within_its_time_then_says_so(nats_url: str) -> None:
+    async with scripted(nats_url, at_once, timeout_seconds=0.3) as (forwards, router):
         await router.bus.served[0].stop_taking()
         with pytest.raises(MoeError, match="no router is ready") as caught:
             await forwards.small(0, row(1))

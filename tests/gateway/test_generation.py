@@ -14,10 +14,20 @@ from nats.aio.msg import Msg
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.generation import Generator, Observations, Piece
-from services.router.messages import CancelReply, CancelRequest, GenerateChunk, GenerateRequest, Sampling
+from services.gateway.progress import MOST_LOSSES
+from services.router.messages import (
+    CancelReply,
+    CheckReply,
+    CheckRequest,
+    GenerateChunk,
+    GenerateRequest,
+    Sampling,
+    decode_control,
+)
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, Bus
 from shared.errors import MoeError
+from shared.replicas import Replicas
 from shared.status import Fleet
 from tests.gateway.contexts import context
 from tests.gateway.tokenizer_kinds import tokenizer
@@ -42,6 +52,12 @@ class Router:
         self.asked: list[GenerateRequest] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled: list[str] = []
+        self.checked = asyncio.Event()
+        """Somebody has asked whether a generation is still here."""
+        self.replies: dict[str, str] = {}
+        """The inbox of each generation that was accepted."""
+        self.told: dict[str, int] = {}
+        """New tokens told, by inbox."""
 
     async def on_generate(self, message: Msg) -> None:
         request = wire.decode(GenerateRequest, message.data)
@@ -50,14 +66,24 @@ class Router:
         await self.script(self, message, request)
 
     async def on_control(self, message: Msg) -> None:
-        self.cancelled.append(wire.decode(CancelRequest, message.data).id)
+        request = decode_control(message.data)
+        if isinstance(request, CheckRequest):
+            known = {name: self.told[self.replies[name]] for name in request.ids if name in self.replies}
+            await self.bus.reply(message, wire.encode(CheckReply(tokens=known)))
+            self.checked.set()
+            return
+        self.cancelled.append(request.id)
         await self.bus.reply(message, wire.encode(CancelReply(found=True)))
 
     async def accept(self, message: Msg, request: GenerateRequest) -> None:
+        self.replies[request.id] = message.reply
+        self.told[message.reply] = len(request.output_ids)
         await self.bus.reply(message, wire.encode(GenerateChunk(id=request.id, instance=self.bus.instance)))
 
     async def say(self, message: Msg, tokens: list[int], finish: Any = None, **more: Any) -> None:
-        chunk = GenerateChunk(id="any", token_ids=tokens, finish_reason=finish, **more)
+        start = self.told[message.reply]
+        self.told[message.reply] += len(tokens)
+        chunk = GenerateChunk(id="any", token_ids=tokens, start=start, finish_reason=finish, **more)
         await self.bus.reply(message, wire.encode(chunk))
 
 
@@ -68,7 +94,8 @@ class Gateway:
         self.bus = bus
         self.admission = Admission(4, 100, timeout)
         self.seen = Observations("test-generation")
-        self.generator = Generator(bus, deployment, WORDS, self.admission, self.seen, answers, timeout)
+        self.routers = Replicas("router", deployment)
+        self.generator = Generator(bus, deployment, WORDS, self.admission, self.seen, answers, self.routers, timeout)
 
     async def pieces(
         self, name: str = "g", stops: list[str] | None = None, tokens: int = 50, temperature: float = 1.0
@@ -311,3 +338,92 @@ async def test_a_request_sent_twice_because_the_connection_broke_is_answered_onc
         await wait_until(lambda: len(router.asked) == 2 or reading.done(), "the second try to arrive", 10)
         both.set()
         assert await reading == ("abcd", "length")
+
+
+# -- routers that are lost ---------------------------------------------------------------------------------------------
+
+
+async def test_a_generation_goes_on_from_its_tokens_when_the_router_lets_it_go(nats_url: str) -> None:
+    async def script(router: Router, message: Msg, request: GenerateRequest) -> None:
+        await router.accept(message, request)
+        rest = letters("abcdef")[len(request.output_ids) :]
+        for token in rest[:2]:
+            await router.say(message, [token])
+        if len(rest) > 2:
+            raise MoeError("draining", "the router is shutting down")
+        await router.say(message, [], "length")
+
+    async with scripted(nats_url, script) as (gateway, router):
+        assert await gateway.text() == ("abcdef", "length")
+        assert [request.output_ids for request in router.asked] == [letters(t) for t in ("", "ab", "abcd")]
+        assert len({request.id for request in router.asked}) == 3, "each try has a name of its own"
+        await wait_until(lambda: len(router.cancelled) == 2, "what may be left of the tries to be cancelled", 3)
+
+
+async def test_a_chunk_that_was_lost_is_noticed_by_the_next_and_made_again(nats_url: str) -> None:
+    async def script(router: Router, message: Msg, request: GenerateRequest) -> None:
+        await router.accept(message, request)
+        for token in letters("abcd")[len(request.output_ids) :]:
+            if len(router.asked) == 1 and token == letters("b")[0]:
+                router.told[message.reply] += 1  # said, but it never arrived
+            else:
+                await router.say(message, [token])
+        await router.say(message, [], "length")
+
+    async with scripted(nats_url, script) as (gateway, router):
+        assert await gateway.text() == ("abcd", "length")
+        assert [request.output_ids for request in router.asked] == [[], letters("a")]
+
+
+async def test_a_last_chunk_that_was_lost_is_noticed_by_the_silence(nats_url: str) -> None:
+    async def script(router: Router, message: Msg, request: GenerateRequest) -> None:
+        await router.accept(message, request)
+        if not request.output_ids:
+            await router.say(message, letters("a"))
+            del router.replies[request.id]  # it ended with a chunk that never arrived
+            return
+        await router.say(message, letters("b"), "length")
+
+    async with scripted(nats_url, script) as (gateway, router):
+        assert await gateway.text() == ("ab", "length")
+        assert len(router.asked) == 2
+
+
+async def test_a_router_that_works_in_silence_is_left_alone(nats_url: str) -> None:
+    async def script(router: Router, message: Msg, request: GenerateRequest) -> None:
+        await router.accept(message, request)
+        await router.checked.wait()
+        await router.say(message, letters("a"), "length")
+
+    async with scripted(nats_url, script) as (gateway, router):
+        assert await gateway.text() == ("a", "length")
+        assert len(router.asked) == 1
+
+
+async def test_a_request_that_routers_do_not_survive_does_not_go_round_for_ever(nats_url: str) -> None:
+    async def script(router: Router, message: Msg, request: GenerateRequest) -> None:
+        await router.accept(message, request)
+        raise MoeError("draining", "the router is shutting down")
+
+    async with scripted(nats_url, script) as (gateway, router):
+        with pytest.raises(MoeError) as caught:
+            await gateway.pieces()
+        assert caught.value.code == "draining"
+        assert len(router.asked) == MOST_LOSSES + 1
+
+
+async def test_a_router_that_does_not_say_that_it_takes_a_request_is_passed_over(nats_url: str) -> None:
+    stuck = asyncio.Event()
+
+    async def script(router: Router, message: Msg, request: GenerateRequest) -> None:
+        if len(router.asked) == 1:
+            await stuck.wait()
+        await saying(letters("a"))(router, message, request)
+
+    async with scripted(nats_url, script) as (gateway, router):
+        assert await gateway.text("g") == ("a", "length")
+        assert len(router.asked) == 2
+        stuck.set()
+        await wait_until(
+            lambda: router.cancelled == ["g"], "the first try to be cancelled when it is taken after all", 5
+        )

@@ -1,0 +1,124 @@
+"""Which streams wait for a router that is no more: silent ones are asked about, all of a router's by one message.
+
+A process that was killed is known at once (NATS has nobody to hand the question to), one that was stopped by its
+silence, and a generation that its router lost by the answer. A stream so stands still for less than two seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from services.router.messages import CheckReply, CheckRequest
+from shared import subjects, wire
+from shared.bus import Bus, NoRespondersError
+from shared.errors import MoeError
+
+log = structlog.get_logger()
+
+SILENT_SECONDS = 0.75
+"""After so long without a chunk a stream is asked about, and again after each answer that it goes on."""
+ANSWER_SECONDS = 0.75
+PING_SECONDS = 0.25
+LOOK_SECONDS = 0.25
+
+
+@dataclass(eq=False, slots=True)
+class Watched:
+    """A stream that a router is to fill."""
+
+    id: str
+    instance: str
+    lost: Callable[[MoeError], None]
+    """Is told, once at most, that nothing more will come."""
+    last_sign: float
+    """When the last chunk came, or the last answer that it goes on."""
+    tokens: int = 0
+    """New tokens that have arrived."""
+
+
+def silent(streams: set[Watched], now: float) -> dict[str, list[Watched]]:
+    """The streams that are to be asked about, by router."""
+    found: dict[str, list[Watched]] = {}
+    for stream in streams:
+        if now - stream.last_sign >= SILENT_SECONDS:
+            found.setdefault(stream.instance, []).append(stream)
+    return found
+
+
+class Liveness:
+    """Watches streams, and only while there are any."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._streams: set[Watched] = set()
+        self._asking: dict[str, asyncio.Task[None]] = {}
+        self._looking: asyncio.Task[None] | None = None
+
+    def add(self, stream: Watched) -> None:
+        self._streams.add(stream)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look(), name="liveness")
+
+    def remove(self, stream: Watched) -> None:
+        self._streams.discard(stream)
+
+    async def _look(self) -> None:
+        while self._streams:
+            await asyncio.sleep(LOOK_SECONDS)
+            for instance, streams in silent(self._streams, time.monotonic()).items():
+                if instance not in self._asking:
+                    task = asyncio.create_task(self._ask(instance, streams), name=f"liveness:{instance}")
+                    self._asking[instance] = task
+                    task.add_done_callback(lambda _, instance=instance: self._asking.pop(instance, None))  # type: ignore[misc]
+
+    async def _ask(self, instance: str, streams: list[Watched]) -> None:
+        try:
+            known = await self.generations(instance, [stream.id for stream in streams])
+        except MoeError as error:
+            if error.code == "router_unavailable":
+                for stream in streams:
+                    self._lose(stream, error)
+            return
+        now = time.monotonic()
+        for stream in streams:
+            if stream.id not in known or known[stream.id] > stream.tokens:
+                self._lose(stream, MoeError("chunk_lost", f"router {instance} has lost the generation"))
+            else:
+                stream.last_sign = max(stream.last_sign, now)
+
+    def _lose(self, stream: Watched, error: MoeError) -> None:
+        if stream in self._streams:
+            self._streams.discard(stream)
+            stream.lost(error)
+
+    async def generations(self, instance: str, ids: list[str]) -> dict[str, int]:
+        """Those of the generations `ids` that the router `instance` has, and how many new tokens each has.
+
+        Raises:
+            MoeError: `router_unavailable`, if the router is gone or silent; another code if that cannot be said, as
+                NATS itself does not answer.
+
+        """
+        question = wire.encode(CheckRequest(ids=ids))
+        try:
+            data = await self._bus.request(subjects.control("router", instance), question, timeout=ANSWER_SECONDS)
+        except NoRespondersError:
+            raise MoeError("router_unavailable", f"router {instance} is gone") from None
+        except MoeError as error:
+            if error.code != "deadline_exceeded":
+                raise
+            await self._bus.flush(PING_SECONDS)
+            raise MoeError("router_unavailable", f"router {instance} does not answer") from None
+        return wire.decode(CheckReply, data).tokens
+
+    async def close(self) -> None:
+        """End what is under way."""
+        tasks = [task for task in (self._looking, *self._asking.values()) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,99 @@
+"""What is known of one generation so far, and how another router goes on with it. A pure core.
+
+Routers are lost; tokens are not: whatever the next one says begins where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from services.router.messages import GenerateChunk, GenerateRequest
+from shared.errors import BadMessageError, MoeError
+from shared.wire import ITEMSIZE, Tensor
+
+MOST_LOSSES = 5
+"""So many routers may be lost without a new token between: a request that kills them must not go round for ever."""
+
+
+class Progress:
+    """A request, and what came of it."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self._request = request
+        self.tokens: list[int] = list(request.output_ids)
+        self.tries = 0
+        self.degraded = False
+        self._losses = 0
+        self._prompt_logprobs_told = False
+        self._routing_told = 0
+        """Rows, of all tries."""
+        self._routing_seen = 0
+        """Rows, of this try."""
+
+    def next_try(self) -> GenerateRequest:
+        """What to ask the next router. Each try has an id of its own: only one of two that both run is listened to."""
+        request = self._request
+        name = f"{request.id}.{self.tries}" if self.tries else request.id
+        self.tries += 1
+        self._routing_seen = 0
+        return msgspec.structs.replace(
+            request,
+            id=name,
+            output_ids=self.tokens.copy(),
+            prompt_logprobs=-1 if self._prompt_logprobs_told else request.prompt_logprobs,
+        )
+
+    def take(self, chunk: GenerateChunk) -> GenerateChunk:
+        """Note what `chunk` says; returns what is new in it.
+
+        Raises:
+            BadMessageError: it says more tokens than were asked for.
+            MoeError: `chunk_lost`, if one before it is missing; `cancelled`, if the router has ended the generation by
+                itself.
+
+        """
+        if chunk.finish_reason == "cancelled":  # whoever cancels by us does not read on
+            raise MoeError("cancelled", "the router cancelled the generation")
+        if chunk.start > len(self.tokens):
+            raise MoeError("chunk_lost", f"{chunk.start - len(self.tokens)} tokens of the stream are missing")
+        known = len(self.tokens) - chunk.start
+        self.degraded |= chunk.degraded
+        new = chunk.token_ids[known:]
+        if len(self.tokens) + len(new) > self._request.max_tokens:
+            raise BadMessageError(f"the router says more than max_tokens={self._request.max_tokens} tokens")
+        if new:
+            self.tokens += new
+            self._losses = 0
+        prompt_logprobs = None if self._prompt_logprobs_told else chunk.prompt_logprobs
+        self._prompt_logprobs_told |= prompt_logprobs is not None
+        changes = {
+            "start": chunk.start + min(known, len(chunk.token_ids)),
+            "token_ids": new,
+            "logprobs": chunk.logprobs[known:],
+            "prompt_logprobs": prompt_logprobs,
+            "routing": self._routing(chunk.routing),
+            "degraded": self.degraded,
+        }
+        return msgspec.structs.replace(chunk, **changes)
+
+    def _routing(self, rows: Tensor | None) -> Tensor | None:
+        """Those of `rows` [n, L, k] that no earlier try has told."""
+        if rows is None or not rows.shape:
+            return None
+        first = self._routing_seen
+        self._routing_seen += rows.shape[0]
+        known = min(max(self._routing_told - first, 0), rows.shape[0])
+        self._routing_told = max(self._routing_told, self._routing_seen)
+        if not known:
+            return rows
+        if known == rows.shape[0]:
+            return None
+        row_bytes = math.prod(rows.shape[1:]) * ITEMSIZE[rows.dtype]
+        return Tensor(rows.dtype, (rows.shape[0] - known, *rows.shape[1:]), memoryview(rows.data)[known * row_bytes :])
+
+    def lost(self) -> bool:
+        """The router is lost. Whether another may be asked."""
+        self._losses += 1
+        return self._losses <= MOST_LOSSES
