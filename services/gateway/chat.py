@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
-from services.gateway.completions import check_room, usage
+from services.gateway.completions import DEGRADED, check_room, usage
 from services.gateway.context import Context, Envelope, parse
 from services.gateway.generation import Piece
 from services.gateway.openai_types import ChatRequest
-from services.gateway.sse import begin, while_connected
+from services.gateway.sse import answer, begin, while_connected
 from services.router.messages import GenerateRequest
 from shared.errors import MoeError
 
@@ -34,12 +33,13 @@ def routes(context: Context) -> APIRouter:
         texts: list[list[str]] = [[] for _ in requests]
         scores: list[list[dict[str, Any]]] = [[] for _ in requests]
         reasons: list[str | None] = [None] * len(requests)
-        tokens = 0
+        tokens, degraded = 0, False
         async for index, piece in context.run(requests, body.stops):
             texts[index].append(piece.text)
             scores[index] += logprobs(body, piece)
             reasons[index] = piece.finish_reason
             tokens += len(piece.token_ids)
+            degraded |= piece.degraded
         return {
             **envelope,
             "choices": [
@@ -52,6 +52,7 @@ def routes(context: Context) -> APIRouter:
                 for i in range(len(requests))
             ],
             "usage": usage(len(requests[0].token_ids), tokens),
+            **DEGRADED[degraded],
         }
 
     async def events(
@@ -75,7 +76,7 @@ def routes(context: Context) -> APIRouter:
                     "logprobs": {"content": logprobs(body, piece), "refusal": None} if body.logprobs else None,
                     "finish_reason": piece.finish_reason,
                 }
-                yield {**envelope, "choices": [part]}
+                yield {**envelope, "choices": [part], **DEGRADED[piece.degraded]}
         finally:
             await pieces.aclose()
         if body.include_usage:
@@ -104,6 +105,6 @@ def routes(context: Context) -> APIRouter:
         )
         if body.stream:
             return await begin(request, events(body, requests, envelope))
-        return JSONResponse(await while_connected(request, whole(body, requests, envelope)))
+        return answer(await while_connected(request, whole(body, requests, envelope)))
 
     return router

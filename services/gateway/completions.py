@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from services.gateway.context import Context, Envelope, parse
 from services.gateway.generation import Piece
 from services.gateway.openai_types import CompletionRequest
-from services.gateway.sse import begin, while_connected
+from services.gateway.sse import answer, begin, while_connected
 from services.router.messages import GenerateRequest, TokenLogprob
 from shared.errors import MoeError
 
 DEFAULT_MAX_TOKENS = 16
+DEGRADED: dict[bool, dict[str, Any]] = {False: {}, True: {"degraded": True}}
+"""What an answer says of itself if some of its tokens were computed without some of their experts."""
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
@@ -102,6 +103,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     completion_tokens: int = 0
     finish_reason: str | None = None
+    degraded: bool = False
 
     def take(self, piece: Piece) -> str:
         """Add `piece`; returns the text that it adds, the echoed prompt before the first."""
@@ -117,6 +119,7 @@ class Choice:
         self.text.append(text)
         self.completion_tokens += len(piece.token_ids)
         self.finish_reason = piece.finish_reason
+        self.degraded |= piece.degraded
         return text
 
 
@@ -154,6 +157,7 @@ def routes(context: Context) -> APIRouter:
                 for c in choices
             ],
             "usage": usage(prompt_tokens, sum(c.completion_tokens for c in choices)),
+            **DEGRADED[any(c.degraded for c in choices)],
         }
 
     async def events(
@@ -172,7 +176,7 @@ def routes(context: Context) -> APIRouter:
                         "logprobs": choice.logprobs.take() if choice.logprobs else None,
                         "finish_reason": piece.finish_reason,
                     }
-                    yield {**envelope, "choices": [part]}
+                    yield {**envelope, "choices": [part], **DEGRADED[piece.degraded]}
         finally:
             await pieces.aclose()
         if body.include_usage:
@@ -202,6 +206,6 @@ def routes(context: Context) -> APIRouter:
         prompt_tokens = sum(len(ids) for ids in prompts)
         if body.stream:
             return await begin(request, events(body, requests, prompt_tokens, envelope))
-        return JSONResponse(await while_connected(request, whole(body, requests, prompt_tokens, envelope)))
+        return answer(await while_connected(request, whole(body, requests, prompt_tokens, envelope)))
 
     return router

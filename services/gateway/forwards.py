@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +30,24 @@ MOST_LOSSES = 5
 """So many routers may be lost over one request: one that kills them must not go round for ever."""
 LOST = frozenset({"router_unavailable", "bus_unavailable", "draining"})
 Array = npt.NDArray[np.generic]
-Answer = tuple[Array, Array, Array]
-"""The layer's output [T, H] float32, each row's experts [T, k] int64, and their weights [T, k] float32."""
+
+
+class Answer(NamedTuple):
+    """What a layer says of T rows."""
+
+    hidden_states: Array
+    """[T, H] float32"""
+    top_k_index: Array
+    """[T, k] int64: each row's experts."""
+    top_k_weights: Array
+    """[T, k] float32"""
+    degraded: bool = False
+    """Some experts were left out (DEGRADED_MODE=skip)."""
+
+    def rows(self, start: int, end: int) -> Answer:
+        """Those from `start` to before `end`."""
+        index, weights = self.top_k_index[start:end], self.top_k_weights[start:end]
+        return Answer(self.hidden_states[start:end], index, weights, self.degraded)
 
 
 class Waiting:
@@ -90,8 +107,8 @@ class Forwards:
             for start in range(0, hidden.shape[0], rows)
         ]
         log.info("forward.answered", id=name, layer=layer, rows=len(hidden), messages=len(parts))
-        out, index, weights = (np.concatenate(each) for each in zip(*parts, strict=True))
-        return out, index, weights
+        out, index, weights = (np.concatenate(each) for each in list(zip(*parts, strict=True))[:3])
+        return Answer(out, index, weights, any(part.degraded for part in parts))
 
     async def small(self, layer: int, hidden: Array) -> Answer:
         """The answer for `hidden` [T, H] float32, which may travel with other requests' rows.
@@ -155,7 +172,7 @@ class Forwards:
             for member in batch:
                 end = start + member.rows
                 if not member.payload.answer.done():
-                    member.payload.answer.set_result((answer[0][start:end], answer[1][start:end], answer[2][start:end]))
+                    member.payload.answer.set_result(answer.rows(start, end))
                 start = end
         except Exception as error:  # whatever it is, nobody may be left waiting
             if not isinstance(error, MoeError):
@@ -190,10 +207,12 @@ class Forwards:
                     raise
             if self._routers.choose(ANYTHING, time.monotonic(), () if instance is None else (instance,)) is None:
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
-        answer = (reply.hidden_states.to_numpy(), reply.top_k_index.to_numpy(), reply.top_k_weights.to_numpy())
-        if any(part.shape[:1] != hidden.shape[:1] for part in answer):
+        out, index, weights = (
+            part.to_numpy() for part in (reply.hidden_states, reply.top_k_index, reply.top_k_weights)
+        )
+        if any(part.shape[:1] != hidden.shape[:1] for part in (out, index, weights)):
             raise MoeError("internal_error", "the router's answer has another number of rows than the request")
-        return answer
+        return Answer(out, index, weights, reply.degraded)
 
     async def _reply(self, instance: str | None, data: bytes, deadline: float, headers: Headers) -> bytes:
         """The answer of the router `instance`, or of any, to one sending.

@@ -12,12 +12,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
+from services.gateway.completions import DEGRADED
 from services.gateway.context import Context, parse, parse_json
 from services.gateway.forwards import Answer
 from services.gateway.openai_types import ForwardBody, RouteBody
-from services.gateway.sse import while_connected
+from services.gateway.sse import answer as whole
+from services.gateway.sse import said_aloud, while_connected
 from services.router.messages import GenerateRequest
 from shared import wire
 from shared.errors import BadMessageError, MoeError
@@ -100,14 +101,18 @@ def _check(context: Context, layer: int, hidden: Array) -> Array:
 
 
 def _write(kind: str, layer: int, answer: Answer) -> Response:
+    said = DEGRADED[answer.degraded]
+    headers = said_aloud(said)
     if kind == RAW:
-        return Response(answer[0].tobytes(), media_type=RAW)
-    parts = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), answer, strict=True))
+        return Response(answer.hidden_states.tobytes(), media_type=RAW, headers=headers)
+    parts = {name: part for name, part in answer._asdict().items() if name != "degraded"}
     if kind == MSGPACK:
         tensors = {name: wire.Tensor.from_numpy(part) for name, part in parts.items()}
-        return Response(msgspec.msgpack.encode({"v": 1, "layer": layer, **tensors}), media_type=MSGPACK)
+        return Response(
+            msgspec.msgpack.encode({"v": 1, "layer": layer, **tensors, **said}), media_type=MSGPACK, headers=headers
+        )
     arrays = {name: part.tolist() for name, part in parts.items()}
-    return Response(msgspec.json.encode({"layer": layer, **arrays}), media_type=JSON)
+    return Response(msgspec.json.encode({"layer": layer, **arrays, **said}), media_type=JSON, headers=headers)
 
 
 def forward_endpoint(context: Context) -> Endpoint:
@@ -132,14 +137,16 @@ def routes(context: Context, forward: Endpoint) -> APIRouter:
     router = APIRouter(tags=["moe"])
     router.add_api_route("/v1/moe/forward", forward, methods=["POST"])
 
-    async def route_tokens(ids: list[int]) -> Array:
+    async def route_tokens(ids: list[int]) -> tuple[Array, bool]:
         wanted = GenerateRequest(
             id=f"route-{uuid.uuid4().hex}", token_ids=ids, max_tokens=0, return_routing=True, client=context.instance
         )
         rows: list[Array] = []
+        degraded = False
         async for _, piece in context.run([wanted], []):
             rows += [tensor.to_numpy() for tensor in piece.routing]
-        return np.concatenate(rows)  # [T, L, k]
+            degraded |= piece.degraded
+        return np.concatenate(rows), degraded  # [T, L, k]
 
     @router.post("/v1/moe/route")
     async def route(request: Request) -> Response:
@@ -148,11 +155,12 @@ def routes(context: Context, forward: Endpoint) -> APIRouter:
         context.check_model(body.model)
         ids = await context.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
         context.check_tokens(ids)
-        routing = await while_connected(request, route_tokens(ids))
+        routing, degraded = await while_connected(request, route_tokens(ids))
         layers: list[dict[str, Any]] = [
             {"layer": layer, "experts": routing[:, row].tolist()} for row, layer in enumerate(context.config.moe_layers)
         ]
         tokens = [context.tokenizer.token_text(token) for token in ids]
-        return JSONResponse({"model": context.model_name, "token_ids": ids, "tokens": tokens, "layers": layers})
+        model = context.model_name
+        return whole({"model": model, "token_ids": ids, "tokens": tokens, "layers": layers, **DEGRADED[degraded]})
 
     return router

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import structlog
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from services.gateway.failures import error_body
 from shared.errors import MoeError
@@ -18,6 +18,16 @@ from shared.errors import MoeError
 log = structlog.get_logger()
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+
+
+def said_aloud(body: dict[str, Any] | None) -> dict[str, str]:
+    """The headers that repeat what an answer says of itself, for those who look at nothing else."""
+    return {"X-Moe-Degraded": "true"} if body and body.get("degraded") else {}
+
+
+def answer(body: dict[str, Any]) -> JSONResponse:
+    """A whole answer."""
+    return JSONResponse(body, headers=said_aloud(body))
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -42,7 +52,7 @@ def stream(events: AsyncIterator[dict[str, Any]], first: dict[str, Any] | None) 
             await events.aclose()  # type: ignore[attr-defined]
         yield DONE
 
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **said_aloud(first)}
     return StreamingResponse(body(), media_type="text/event-stream", headers=headers)
 
 

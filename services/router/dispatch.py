@@ -170,6 +170,8 @@ class BusQuestion:
         try:
             if self.degraded is None:
                 return combine(self._hidden, self._calls, self._answers)  # type: ignore[arg-type]
+            if all(answer is None for answer in self._answers):
+                return torch.zeros(self._hidden.shape, dtype=torch.float32, device=self._hidden.device)
             answered = [(c, a) for c, a in zip(self._calls, self._answers, strict=True) if a is not None]
             out = combine(self._hidden, [c for c, _ in answered], [a for _, a in answered])
             missing = {c.shard for c, a in zip(self._calls, self._answers, strict=True) if a is None}

@@ -577,3 +577,8 @@ async def test_without_a_shard_its_experts_are_left_out_and_it_is_said(nats_url:
         assert torch.allclose(question.result(), await alone.expected(), atol=1e-5)
         await c.worker(1)
         assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+
+
+async def test_without_any_shard_nothing_is_left(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=2, recovery=0.1, degraded_mode="skip") as c:
+        assert not (await c.ask()).any()
