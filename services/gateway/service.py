@@ -123,7 +123,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             access_log=False,
             log_config=None,
             proxy_headers=False,  # nothing here asks who the client is
-            timeout_graceful_shutdown=max(1, int(settings.grace_seconds)),
+            timeout_graceful_shutdown=1,  # what was to be waited for has been waited for by then
         )
         server = uvicorn.Server(config)
         # Signals belong to the process, which sets `shutdown`; uvicorn must leave them alone.

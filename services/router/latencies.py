@@ -32,8 +32,14 @@ class Latencies:
         return min(rows.bit_length(), SIZES - 1)
 
     def add(self, size: int, seconds: float) -> None:
-        """One call of this size was answered after `seconds`."""
+        """One call of this size was answered after `seconds`.
+
+        What took longer than a stall counts as one: an outage must not teach that calls are slow, or the next worker
+        that dies would be noticed late.
+        """
         samples, count = self._samples[size], self._counts[size]
+        if self._slow[size] is not None:
+            seconds = min(seconds, self.stalled_after(size))
         if len(samples) < WINDOW:
             samples.append(seconds)
         else:

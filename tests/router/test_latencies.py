@@ -46,6 +46,11 @@ def test_what_was_long_ago_is_forgotten() -> None:
     assert latencies.hedge_after(1) == 0.1
 
 
+def test_an_outage_does_not_teach_that_calls_are_slow() -> None:
+    latencies = observed(1, *[0.2] * WINDOW, *[30.0] * 16)
+    assert latencies.stalled_after(1) <= STALL_FACTOR**2 * 0.2
+
+
 def test_a_size_that_is_unknown_is_guessed_from_its_neighbours_but_not_hedged() -> None:
     latencies = observed(4, *[0.5] * WINDOW)
     assert latencies.hedge_after(6) is None
