@@ -428,11 +428,13 @@ class Exchange:
             self._bus._check(data)  # noqa: SLF001
             self._bus._client.send(subject, reply, data, self._head)  # noqa: SLF001
         except MoeError as error:
+            self._bus._forget(token)  # noqa: SLF001
             self._fail(sending, error)
         return sending
 
     def _take(self, request: int, sending: int, subject: str, item: Msg | MoeError) -> None:
         answer = outcome(subject, item)
+        self._bus._forget(self._tokens[sending])  # noqa: SLF001 - a sending has one outcome
         if isinstance(answer, MoeError):
             self._fail(sending, answer)
         elif request not in self.answers:

@@ -183,6 +183,33 @@ async def test_nobody_listening_is_said_at_once(ends: Ends) -> None:
     assert "nobody" in caught.value.message
 
 
+async def test_of_two_sendings_the_first_answer_counts(ends: Ends) -> None:
+    async def answer(message: Msg) -> None:
+        await ends.serving.reply(message, message.subject.encode())
+
+    await ends.serving.serve("second", answer)
+    await in_force(ends.serving)
+    with ends.asking.exchange(1) as exchange:
+        assert [exchange.send(0, "first", b""), exchange.send(0, "second", b"")] == [0, 1]
+        until = asyncio.get_running_loop().time() + SOON
+        while not await exchange.wait(until):
+            assert [(sending, type(error)) for sending, error in exchange.take_errors()] == [(0, NoRespondersError)]
+        assert exchange.answers == {0: b"second"}
+        assert exchange.answered_by == {0: 1}
+    assert ends.asking.waiting == 0
+
+
+async def test_a_sending_has_one_outcome_though_the_connection_breaks_after_it(ends: Ends) -> None:
+    with ends.asking.exchange(1) as exchange:
+        exchange.send(0, "nobody", b"")
+        assert not await exchange.wait(asyncio.get_running_loop().time() + SOON)
+        assert [sending for sending, _ in exchange.take_errors()] == [0]
+        await ends.server.kill()
+        await wait_until(lambda: not ends.asking.connected, "the connection to break", SOON)
+        assert exchange.send(0, "nobody", b"") == 1
+        assert [(sending, error.code) for sending, error in exchange.take_errors()] == [(1, "bus_unavailable")]
+
+
 async def test_a_full_queue_says_overloaded_at_once(ends: Ends) -> None:
     release = asyncio.Event()
 
