@@ -241,6 +241,65 @@ def bench(
 
 
 @app.command()
+def chaos(
+    minutes: Annotated[float, typer.Option(min=0.05, max=1440, help="Of load with strikes.")] = 10,
+    kills: Annotated[int, typer.Option(min=0, max=100_000, help="Strikes: SIGKILL, or SIGSTOP for 1 to 5 s.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the strikes and the prompts; the same seed, the same schedule.")] = 1,
+    targets: Annotated[str, typer.Option(help="What may be struck.")] = "expert,router,monitor,nats",
+    model: Annotated[Path, typer.Option(envvar="MODEL", help="Folder of a Hugging Face checkpoint.")] = DEMO_MODEL,
+    experts: Annotated[int, typer.Option(min=1, max=1024, help="Expert workers; two for each shard at least.")] = 4,
+    shards: Annotated[int, typer.Option(min=1, help="Shards.")] = 2,
+    routers: Annotated[int, typer.Option(min=1, max=64, help="Routers.")] = 2,
+    streams: Annotated[int, typer.Option(min=1, max=1024, help="Requests in flight.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, max=1024, help="Different requests.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 96,
+    baseline: Annotated[float, typer.Option(min=1, max=3600, help="Seconds of load without strikes, before.")] = 30,
+    timeout: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds for each answer.")] = 120,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="The services' log. Default: a temporary file, kept if the run does not pass.")
+    ] = None,
+) -> None:
+    """Kill and stop random processes of a stack under load, and check that no user would notice.
+
+    It starts a stack of its own, asks every prompt undisturbed, then streams them over and over while it strikes
+    services that have a peer: every text, logprob, token count and finish_reason must be the undisturbed one's.
+
+    Exit code: 0 no request failed and no answer was wrong, 1 otherwise, 2 it could not start, 130 Ctrl-C.
+
+    Example: openmoe chaos --minutes 10 --kills 100 --seed 1
+
+    Example: openmoe chaos --minutes 1 --kills 10 --targets router --json routers.json
+    """
+    from services import chaos_command
+    from services.chaos import ChaosPlan
+
+    try:
+        plan = ChaosPlan(
+            model.expanduser().resolve(),
+            60 * minutes,
+            kills,
+            seed,
+            chaos_command.targets(targets),
+            experts,
+            shards,
+            routers,
+            streams,
+            prompts,
+            max_tokens,
+            baseline,
+            timeout,
+        )
+        code = chaos_command.command(plan, json_file, log, markdown=markdown)
+    except StartError as error:
+        refuse(error)
+    except KeyboardInterrupt:
+        code = 130
+    raise typer.Exit(code)
+
+
+@app.command()
 def chat(
     url: Annotated[str, typer.Option(help="A running gateway.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,

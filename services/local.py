@@ -10,9 +10,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 import httpx
 from rich.console import Console
@@ -66,6 +67,8 @@ class Child:
     name: str
     command: list[str]
     environment: dict[str, str]
+    output: TextIO | None = None
+    """Where its lines, and those about it, go; None: to standard error."""
     process: asyncio.subprocess.Process | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -75,7 +78,8 @@ class Child:
             *self.command,
             env=self.environment,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=sys.stderr,
+            stdout=self.output or sys.stderr,
+            stderr=self.output,
             process_group=0,
             preexec_fn=_die_with_parent,
         )
@@ -100,7 +104,7 @@ class Child:
                 raise ChildRefusedError
             if time.monotonic() - started > MAX_BACKOFF_SECONDS:
                 delay = FIRST_BACKOFF_SECONDS
-            sys.stderr.write(f"{self.name} ended with code {code}; restarting in {delay:g} s\n")
+            (self.output or sys.stderr).write(f"{self.name} ended with code {code}; restarting in {delay:g} s\n")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self.stopping.wait()
@@ -127,7 +131,26 @@ class Child:
 class Stack:
     """nats-server and the services of one `openmoe up`."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        settings: Mapping[str, str] | None = None,
+        output: TextIO | None = None,
+    ) -> None:
+        """Check what will run.
+
+        Args:
+            plan: what to start.
+            folder: for NATS' data.
+            settings: environment variables of the services, over our own.
+            output: where the processes' lines go; None: to standard error.
+
+        Raises:
+            StartError: a service would refuse.
+
+        """
         # What would make a service refuse is found here first: one line, before anything runs.
         self.gateway = load(GatewaySettings)
         for kind in (RouterSettings, ExpertSettings, MonitorSettings):
@@ -137,6 +160,8 @@ class Stack:
         TextTokenizer.open(plan.model)
         self._plan = plan
         self._folder = folder
+        self._settings = settings or {}
+        self._output = output
         self._shards = plan.shards or min(plan.experts, checkpoint.config.num_experts)
         if self._shards > checkpoint.config.num_experts:
             raise StartError(f"--shards {self._shards}: the model has only {checkpoint.config.num_experts} experts")
@@ -157,7 +182,7 @@ class Stack:
         for attempt in range(NATS_ATTEMPTS):
             port, name = free_port(0 if attempt else USUAL_PORT), f"openmoe-{os.urandom(4).hex()}"
             config = write_config(self._folder, port, name)
-            child = Child("nats-server", [binary(), "--config", str(config)], dict(os.environ))
+            child = Child("nats-server", [binary(), "--config", str(config)], dict(os.environ), self._output)
             self.children = [child]
             await child.start()
             assert child.process is not None  # noqa: S101 - start() made it
@@ -185,9 +210,10 @@ class Stack:
                 "EXPERT_SHARDS": str(self._shards),
                 "METRICS_PORT": "0",
                 "INSTANCE": f"{service}-{number}-{suffix}",
+                **self._settings,
             }
             command = [sys.executable, "-m", f"services.{service}"]
-            self.children.append(Child(f"{service}-{number}", command, environment))
+            self.children.append(Child(f"{service}-{number}", command, environment, self._output))
 
     async def stop(self) -> None:
         """In the order of a request's path, so that each finds what it still needs."""
@@ -228,10 +254,10 @@ async def _show_loading(stack: Stack, done: asyncio.Event) -> None:
         await bus.abort()
 
 
-async def _announce(stack: Stack) -> None:
-    """Wait for the first real completion, then say ready."""
+async def completing(stack: Stack, *, show: bool = True) -> None:
+    """Wait for the first real completion; `show`: with progress bars of the loading."""
     done = asyncio.Event()
-    bars = asyncio.create_task(_show_loading(stack, done), name="progress")
+    bars = asyncio.create_task(_show_loading(stack, done), name="progress") if show else None
     token = stack.gateway.api_auth_token
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
@@ -240,11 +266,41 @@ async def _announce(stack: Stack) -> None:
                 await asyncio.sleep(0.1)
     finally:
         done.set()
-        with contextlib.suppress(MoeError):
-            await bars
+        if bars is not None:
+            with contextlib.suppress(MoeError):
+                await bars
+
+
+async def _announce(stack: Stack) -> None:
+    await completing(stack)
     sys.stderr.write(f"nats-server {stack.nats_url}\n")
     sys.stdout.write(f"ready {stack.url}\n")
     sys.stdout.flush()
+
+
+@contextlib.asynccontextmanager
+async def kept(stack: Stack, announce: Coroutine[Any, Any, None]) -> AsyncIterator[set[asyncio.Task[None]]]:
+    """Run the stack while the block lasts; gives the tasks that keep it, and the one that runs `announce`.
+
+    A keeper that ends has met a service that refuses to start: its result raises.
+    """
+    try:
+        await stack.start_nats()
+    except BaseException:
+        announce.close()
+        await stack.stop()
+        raise
+    stack.prepare()
+    announcing = asyncio.create_task(announce, name="announce")
+    keepers = [asyncio.create_task(c.keep(announcing.done), name=f"keep:{c.name}") for c in stack.children]
+    try:
+        yield {announcing, *keepers}
+    finally:
+        announcing.cancel()
+        await stack.stop()
+        for task in keepers:
+            task.cancel()
+        await asyncio.gather(*keepers, announcing, return_exceptions=True)
 
 
 async def up(plan: Plan) -> None:
@@ -268,29 +324,14 @@ async def up(plan: Plan) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        try:
-            await stack.start_nats()
-        except BaseException:
-            await stack.stop()
-            raise
-        stack.prepare()
-        announce = asyncio.create_task(_announce(stack), name="announce")
-        keepers = [
-            asyncio.create_task(child.keep(announce.done), name=f"keep:{child.name}") for child in stack.children
-        ]
-        stop = asyncio.create_task(shutdown.wait(), name="shutdown")
-        try:
-            waiting = {*keepers, stop, announce}
-            while True:
-                finished, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    task.result()
-                if stop in finished:
-                    return
-        finally:
-            announce.cancel()
-            stop.cancel()
-            await stack.stop()
-            for task in keepers:
-                task.cancel()
-            await asyncio.gather(*keepers, announce, stop, return_exceptions=True)
+        async with kept(stack, _announce(stack)) as tasks:
+            stop = asyncio.create_task(shutdown.wait(), name="shutdown")
+            try:
+                waiting: set[asyncio.Task[Any]] = {*tasks, stop}
+                while stop in waiting:
+                    finished, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                    for task in finished:
+                        task.result()
+            finally:
+                stop.cancel()
+                await asyncio.gather(stop, return_exceptions=True)
