@@ -1,4 +1,4 @@
-.PHONY: help install run test test-slow test-compose lint format
+.PHONY: help install run test test-slow test-faults test-compose lint format
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,9 @@ test: lint  ## lint, types, and all tests but the slow ones
 
 test-slow: $(VENV)/.installed-dev  ## the slow tests: every switch with every number of shards, memory, waiting for NATS
 	$(BIN)/pytest -m slow
+
+test-faults: $(VENV)/.installed-dev  ## every fault: each kind of process killed, stopped, cut off, slowed down and restarted under load
+	$(BIN)/pytest -m 'faults or not faults' tests/faults
 
 test-compose: $(VENV)/.installed-dev  ## the stack of docker-compose.yml, in containers; needs a Docker engine
 	$(BIN)/pytest -m compose -rs tests/compose

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
+import structlog
 from rich.console import Console
 
 from services import chaos_report
@@ -80,6 +81,7 @@ def command(plan: ChaosPlan, json_file: Path | None, log: Path | None, *, markdo
 
 async def _ending(plan: ChaosPlan, lines: TextIO) -> Outcome:
     """The run; SIGTERM ends it as Ctrl-C does."""
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(lines))  # our own connection is struck as well
     task = asyncio.current_task()
     assert task is not None  # noqa: S101 - we run in one
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -151,9 +151,11 @@ class Asked:
         return list(itertools.pairwise([self.sent, *self.times, *([self.ended] if self.failure else [])]))
 
 
-async def ask(client: Client, question: Question, number: int, timeout: float) -> tuple[Asked, Answer]:
+async def ask(
+    client: Client, question: Question, number: int, timeout: float, reader: StreamReader | None = None
+) -> tuple[Asked, Answer]:
     """Send one request and read its stream to the end; whatever goes wrong is in what is returned."""
-    asked, reader = Asked(number, time.monotonic()), StreamReader()
+    asked, reader = Asked(number, time.monotonic()), reader or StreamReader()
     try:
         async with asyncio.timeout(timeout):
             status, refused = await client.ask("POST", question.path, question.body, reader.take)
@@ -228,7 +230,8 @@ class Load:
         self.timeout = timeout
         self.known: list[Answer] = []
         self.asked: list[Asked] = []
-        self.in_flight = 0
+        self.reading: set[StreamReader] = set()
+        """Those of the requests in flight."""
         self._draw = random.Random(seed)  # noqa: S311 - the order of the questions
         self._order: list[int] = []
 
@@ -252,11 +255,12 @@ class Load:
         async def one() -> None:
             while not is_over():
                 number = self._next()
-                self.in_flight += 1
+                reader = StreamReader()
+                self.reading.add(reader)
                 try:
-                    asked, answer = await ask(self.client, self.questions[number], number, self.timeout)
+                    asked, answer = await ask(self.client, self.questions[number], number, self.timeout, reader)
                 finally:
-                    self.in_flight -= 1
+                    self.reading.discard(reader)
                 if not asked.failure:
                     asked.wrong = difference(self.known[number], answer)
                 self.asked.append(asked)
@@ -267,6 +271,10 @@ class Load:
             for number in range(streams):
                 group.create_task(one(), name=f"stream:{number}")
         return self.asked[begun:]
+
+    def restart(self) -> None:
+        """Let the next requests be every question once."""
+        self._order.clear()
 
     def _next(self) -> int:
         if not self._order:
