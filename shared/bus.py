@@ -233,7 +233,7 @@ class Bus:
             raise MoeError("bus_unavailable", f"NATS refused the message: {error}") from error
 
     def _check(self, data: bytes) -> None:
-        if not self._client.is_connected:
+        if not self._client.can_send:
             raise MoeError("bus_unavailable", "the connection to NATS is down; try again in a moment")
         if len(data) > self.max_payload:
             raise MoeError("payload_too_large", f"the message has {len(data)} bytes, the bus takes {self.max_payload}")
@@ -354,7 +354,7 @@ class Bus:
         """Answer with an error; waits for nothing, as the read loop refuses requests by it too."""
         if not message.reply:
             return
-        if self._client.is_connected:
+        if self._client.can_send:
             self._client.send(message.reply, "", b"", header_block(error_headers(error)))
         else:
             log.warning("reply.lost", code=error.code)

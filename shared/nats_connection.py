@@ -68,6 +68,15 @@ class Connection(Client):
 
     # -- sending -----------------------------------------------------------------------------------------------------
 
+    @property
+    def can_send(self) -> bool:
+        """Whether a message may be sent now.
+
+        Between the moment when the transport breaks and that when nats-py's read loop learns of it, nats-py still
+        takes itself for connected, and uvloop's transports raise RuntimeError when they are written to.
+        """
+        return bool(self.is_connected) and not self._transport._io_writer.transport.is_closing()  # noqa: SLF001
+
     def send(self, subject: str, reply: str, payload: bytes, head: bytes) -> None:
         """Write one message to the transport now; nats-py would wake a task to do it.
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
+import psutil
 import pytest
 import pytest_asyncio
 
 from tests.faults.fleet import FaultFleet, fault_fleet
+from tests.running import wait_until
+
+TIDY_SECONDS = 5.0
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
@@ -16,10 +22,36 @@ async def whole_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
         yield fleet
 
 
+def _is_the_tests(task: asyncio.Task[object]) -> bool:
+    """Not one of the proxies' connections, or of nats-py, which makes new ones for each connection."""
+    code = getattr(task.get_coro(), "cr_code", None)
+    return not task.get_name().startswith("proxy") and "/nats/" not in (code.co_filename if code else "")
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="session")
+async def _nothing_is_left_behind() -> AsyncIterator[None]:
+    """As the fixture of that name for all tests; here a test may start the fleet's processes and connections anew.
+
+    `fleet` looks after those.
+    """
+    before = asyncio.all_tasks()
+    yield
+
+    def left() -> list[asyncio.Task[object]]:
+        new = asyncio.all_tasks() - before - {asyncio.current_task()}
+        return [task for task in new if not task.done() and _is_the_tests(task)]
+
+    with contextlib.suppress(AssertionError):
+        await wait_until(lambda: not left(), "the test's tasks to end", TIDY_SECONDS)
+    assert not left(), "the test left tasks behind"
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def fleet(whole_fleet: FaultFleet) -> AsyncIterator[FaultFleet]:
     """The fleet; what a failed test left stopped, cut off or dead is mended for the next."""
+    others = set(psutil.Process().children()) - whole_fleet.processes()
     try:
         yield whole_fleet
     finally:
         await whole_fleet.mend()
+    assert set(psutil.Process().children()) - whole_fleet.processes() <= others, "the test left processes behind"

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import httpx
+import psutil
 from nats.aio.msg import Msg
 
 from services.benchmark_http import Client
@@ -73,6 +74,10 @@ class FaultFleet:
             **({"PORT": str(self._http_port)} if name == "gateway" else {}),
         }
         self.running[name] = await start_service(self._folder, name.partition("-")[0], **settings)
+
+    def processes(self) -> set[psutil.Process]:
+        """Those that run now."""
+        return {psutil.Process(r.process.pid) for r in self.running.values() if r.process.returncode is None}
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.running[name].process.pid, number)

@@ -12,9 +12,8 @@ FAULT_SECONDS = 5.0
 SLOW_SECONDS, SLOW_EXPERT_SECONDS = 0.05, 0.3
 
 
-@pytest.mark.parametrize(
-    "name", ["gateway", *(pytest.param(name, marks=pytest.mark.faults) for name in PROXIED if name != "gateway")]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("name", PROXIED)
 async def test_cut_off_for_five_seconds(fleet: FaultFleet, name: str) -> None:
     async def fault() -> None:
         await fleet.proxies[name].cut()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import uvloop
 from nats.aio.msg import Msg
 
 from services.nats_server import binary, free_port, write_config
@@ -571,3 +572,25 @@ async def test_a_server_that_starts_later_is_waited_for(tmp_path: Path) -> None:
     finally:
         connecting.cancel()
         await server.kill()
+
+
+async def test_a_transport_that_broke_a_moment_ago_is_no_bug_of_ours(nats_url: str) -> None:
+    """Under uvloop, as services run: what is written before nats-py learns of the break must not raise RuntimeError."""
+
+    async def use_it() -> tuple[str, str]:
+        bus = await Bus.connect(nats_url, "test", "breaking")
+        codes = []
+        try:
+            bus._client._transport._io_writer.transport.abort()
+            assert bus._client.is_connected, "nats-py knows already: this test shows nothing"
+            for asking in (bus.publish("x", b"y"), bus.request("x", b"y", timeout=SOON)):
+                try:
+                    await asking
+                except MoeError as error:
+                    codes.append(error.code)
+            bus.reply_error(Msg(_client=bus._client, subject="x", reply="y", data=b""), MoeError("overloaded", "full"))
+        finally:
+            await bus.abort()
+        return codes[0], codes[1]
+
+    assert await asyncio.to_thread(lambda: uvloop.run(use_it())) == ("bus_unavailable", "bus_unavailable")
