@@ -36,6 +36,9 @@ ERROR_CODE = "Nats-Service-Error-Code"
 HEADER_ALLOWANCE = 4096  # the server counts headers into max_payload, nats-py's own check does not
 STREAM_QUEUE_CHUNKS = 65536
 CONNECT_SECONDS = 2
+BEAT_SECONDS = 0.1
+STALL_SECONDS = 1.0
+"""An event loop that did not beat for so long was stopped, and what it reads next may have come any time since."""
 
 deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 """While a handler runs: when, on the monotonic clock, its caller stops waiting. Counted from the message's arrival."""
@@ -144,6 +147,10 @@ class Bus:
         self.served: list[Served] = []
         self._watching: list[Subscription] = []
         self._closing = False
+        self._beat = time.monotonic()
+        self._stalled_at: float | None = None
+        self._beating = asyncio.get_running_loop().call_later(BEAT_SECONDS, self._on_beat)
+        self._catching_up: asyncio.Task[None] | None = None
 
     @classmethod
     async def connect(cls, url: str, service: str, instance: str, *, wait_seconds: float = 60) -> Self:
@@ -211,6 +218,11 @@ class Bus:
     @property
     def connected(self) -> bool:
         return bool(self._client.is_connected)
+
+    @property
+    def connection(self) -> int | None:
+        """The number of this connection to NATS, another one after each reconnect; None while there is none."""
+        return int(self._client.stats["reconnects"]) if self.connected else None
 
     @property
     def waiting(self) -> int:
@@ -283,6 +295,38 @@ class Bus:
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
+    def arrival(self) -> float:
+        """When, on the monotonic clock, the message in hand arrived.
+
+        After a stall (SIGSTOP, a loop that was blocked) what waited in the socket counts as arrived when the stall
+        began, the earliest that it can have: work that nobody waits for any more is so dropped, and not computed.
+        """
+        now = time.monotonic()
+        self._notice_stall(now)
+        return now if self._stalled_at is None else self._stalled_at
+
+    def _on_beat(self) -> None:
+        now = time.monotonic()
+        self._notice_stall(now)
+        self._beat = now
+        self._beating = asyncio.get_running_loop().call_later(BEAT_SECONDS, self._on_beat)
+
+    def _notice_stall(self, now: float) -> None:
+        if now - self._beat <= STALL_SECONDS or self._stalled_at is not None:
+            return
+        log.warning("bus.stalled", seconds=round(now - self._beat, 2))
+        self._stalled_at = self._beat
+        self._catching_up = asyncio.get_running_loop().create_task(self._catch_up(), name="catch-up")
+
+    async def _catch_up(self) -> None:
+        """Until the server's PONG: it comes after all that the server had sent by the time it was asked."""
+        try:
+            await self.flush()
+        except MoeError as error:  # what was not read by now is lost with the connection
+            log.debug("bus.flush_failed", error=error.message)
+        finally:
+            self._stalled_at = None
+
     async def serve(
         self,
         subject: str,
@@ -300,7 +344,7 @@ class Bus:
 
         def on_message(message: Msg) -> None:
             try:
-                served.queue.put_nowait((message, budget_deadline(message.headers, time.monotonic())))
+                served.queue.put_nowait((message, budget_deadline(message.headers, self.arrival())))
             except asyncio.QueueFull:
                 served.refused += 1
                 self.reply_error(message, MoeError("overloaded", f"{self.service} {self.instance} is full"))
@@ -375,6 +419,10 @@ class Bus:
     async def abort(self) -> None:
         """Close without waiting for work in flight."""
         self._closing = True
+        self._beating.cancel()
+        if self._catching_up is not None:
+            self._catching_up.cancel()
+            await asyncio.gather(self._catching_up, return_exceptions=True)
         for served in self.served:
             for task in served.tasks:
                 task.cancel()

@@ -14,10 +14,13 @@ from typing import Any
 
 from nats.aio.msg import Msg
 
+from shared import subjects
 from shared.bus import Bus
 from shared.errors import MoeError
 
 VERSION = "0.1.0"
+MOST_PENDING = 64
+"""Answers under way; who asks more often than that gets fewer."""
 _TYPE = "io.nats.micro.v1"
 
 
@@ -61,11 +64,13 @@ async def answer(bus: Bus) -> None:
     pending: set[asyncio.Task[None]] = set()
 
     def on_message(message: Msg) -> None:
+        if not message.reply or len(pending) >= MOST_PENDING:
+            return
         verb = message.subject.split(".")[1]
         task = asyncio.create_task(send(message, json.dumps(report(verb)).encode()), name="discovery")
         pending.add(task)
         task.add_done_callback(pending.discard)
 
     for verb in ("PING", "INFO", "STATS"):
-        for subject in (f"$SRV.{verb}", f"$SRV.{verb}.{name}", f"$SRV.{verb}.{name}.{instance}"):
-            await bus.watch(subject, on_message)
+        for whom in ((), (bus.service,), (bus.service, instance)):
+            await bus.watch(subjects.discovery(verb, *whom), on_message)

@@ -43,6 +43,7 @@ REGISTRY = CollectorRegistry(auto_describe=True)
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _DISPATCH = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_TAKEOVER = (0.5, 1, 1.5, 2, 2.5, 3, 4, 5, 7.5, 10, 15, 20, 30, 60, 120)
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -125,6 +126,13 @@ EXPERT_CALLS = Counter("moe_expert_calls_total", "answered calls", ["shard"], re
 EXPERT_ERRORS = Counter("moe_expert_errors_total", "calls answered with an error", ["code"], registry=REGISTRY)
 EXPERT_SECONDS = Histogram(
     "moe_expert_compute_seconds", "one call's compute", ["shard"], buckets=_DISPATCH, registry=REGISTRY
+)
+TAKEOVER_SECONDS = Histogram(
+    "moe_takeover_seconds",
+    "last sign of a shard's lost worker to served by this one",
+    ["reason"],
+    buckets=_TAKEOVER,
+    registry=REGISTRY,
 )
 SHARD_BYTES = Gauge("moe_shard_weights_bytes", "weights held, by shard", ["shard"], registry=REGISTRY)
 

@@ -136,6 +136,10 @@ class Fleet:
             del self._seen[key]
         return [s for (name, _), (_, s) in sorted(self._seen.items()) if service is None or name == service]
 
+    def heard(self, service: str) -> list[tuple[float, Status]]:
+        """(when it came, on the monotonic clock; the report) of each instance of `service` that is not forgotten."""
+        return [seen for (name, _), seen in self._seen.items() if name == service]
+
     def covered_shards(self, deployment: str) -> set[int]:
         """Shards of `deployment` that at least one ready worker serves."""
         return {

@@ -87,3 +87,13 @@ def event(kind: str) -> str:
 def inbox_prefix(service: str, instance: str) -> str:
     """A prefix per service, so that permissions can keep one from reading another's replies."""
     return f"_INBOX_{token(service)}.{token(instance)}"
+
+
+def discovery(verb: str, service: str = "", instance: str = "") -> str:
+    """`$SRV.<verb>` of everybody, of one service, or of one instance (NATS ADR-32)."""
+    parts = ["$SRV", token(verb)]
+    if service:
+        parts.append(f"openmoe-{token(service)}")
+        if instance:
+            parts.append(token(instance))
+    return ".".join(parts)

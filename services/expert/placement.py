@@ -39,7 +39,9 @@ def choose_shards(me: Status, workers: Sequence[Status], num_shards: int, expect
 
 def shards_to_take_over(me: Status, workers: Sequence[Status], num_shards: int) -> tuple[int, ...]:
     """Shards that nobody serves or loads and that fall to `me`: each goes to the ready worker with fewest shards."""
-    ready = {w.instance: len(w.shards) for w in [*workers, me] if w.state == "ready" and not w.pinned}
+    ready = {
+        w.instance: len({*w.shards, *w.wanted_shards}) for w in [*workers, me] if w.state == "ready" and not w.pinned
+    }
     if me.instance not in ready:
         return ()
     claimed = {shard for w in [*workers, me] for shard in {*w.shards, *w.wanted_shards}}
@@ -52,3 +54,11 @@ def shards_to_take_over(me: Status, workers: Sequence[Status], num_shards: int) 
         if chosen == me.instance:
             mine.append(shard)
     return tuple(mine)
+
+
+def shards_to_hand_over(me: Status, workers: Sequence[Status]) -> tuple[int, ...]:
+    """Shards of `me`, which drains, that no ready worker serves, if there is one that will take them over."""
+    served = {shard for w in workers if w.state == "ready" for shard in w.shards}
+    if not any(w.state == "ready" and not w.pinned for w in workers):
+        return ()
+    return tuple(shard for shard in me.shards if shard not in served)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +15,16 @@ from nats.aio.msg import Msg
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
 from services.expert.options import choose_options
-from services.expert.placement import choose_shards, shards_to_take_over
+from services.expert.placement import choose_shards, shards_to_hand_over
+from services.expert.watch import Loss, Watch
+from services.monitor.messages import Event
 from shared import subjects, wire
-from shared.bus import REQUEST_ID, Bus, Served, deadline, raise_if_expired
+from shared.bus import REQUEST_ID, Bus, NoRespondersError, Served, deadline, raise_if_expired
 from shared.checkpoint import Checkpoint
 from shared.compute import Compute, give_back_memory, select_device, select_dtype, set_threads
 from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.experts import ExpertBank, shard_experts
-from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES
+from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES, TAKEOVER_SECONDS
 from shared.logs import request_id, safe_request_id
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import ExpertSettings
@@ -36,8 +39,12 @@ for _code in HTTP_STATUS:  # from the start, so that a dashboard shows zero and 
 FLOATS = ("float32", "bfloat16", "float16")
 JOIN_SECONDS = 2.0
 """How long a starting worker waits for those that are expected to start with it."""
-TAKEOVER_SECONDS = 3.0
-"""How long a shard must have been without a worker before another takes it over."""
+LOOK_SECONDS = 0.1
+"""How often a worker looks whether another is lost."""
+PROBE_SECONDS = 2.0
+"""How long an answer to a probe is waited for; who is late lives."""
+HAND_OVER_SHARE = 0.7
+"""Of GRACE_SECONDS: how long a worker that drains waits for another to take its shards over."""
 
 
 @dataclass
@@ -90,9 +97,9 @@ class Worker:
         self._simulation = asyncio.Lock()
         self._instance = instance_name(settings, "expert")
         self._fleet = Fleet()
+        self._watch = Watch(self._instance)
+        self._probes: set[asyncio.Task[None]] = set()
         self._served: list[Served] = []
-        self._uncovered_since: dict[int, float] = {}
-        self._deaf_until = 0.0
         self._address, self._stop_metrics = serve_metrics(
             settings, lambda: self._state.ready and not self._state.draining
         )
@@ -106,8 +113,15 @@ class Worker:
             async with service_context(self._settings, "expert", self._instance, self._status) as context:
                 self._reporter = context.reporter
                 await self._fleet.watch(context.bus)
-                await until(shutdown, self._live(context.bus))
-                await self._drain(context.bus)
+                watching = asyncio.create_task(self._keep_watch(context.bus), name="watch")
+                try:
+                    await until(shutdown, self._live(context.bus))
+                    await self._drain(context.bus)
+                finally:
+                    tasks = [watching, *self._probes]
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             self._state.draining = True  # ends a load under way, which close() waits for
             self._loading.close()
@@ -127,22 +141,28 @@ class Worker:
         await self._reporter.publish()
         log.info("expert.ready", instance=self._instance, deployment=self._deployment, shards=self._state.shards)
         while True:
-            await asyncio.sleep(1)
+            await asyncio.sleep(LOOK_SECONDS)
             if not self._settings.pinned_shards:
                 await self._take_over(bus)
 
-    def _status(self) -> Status:
+    def _placed(self) -> Status:
+        """The report without its figures: what placement looks at."""
         s = self._state
-        state = "draining" if s.draining else "ready" if s.ready else "loading" if s.wanted else "starting"
-        cpu, memory = self._reporter.usage()
         return msgspec.structs.replace(
             self._base,
             deployment=self._deployment,
-            state=state,
+            state="draining" if s.draining else "ready" if s.ready else "loading" if s.wanted else "starting",
             num_shards=self._settings.expert_shards,
             shards=s.shards if s.ready else (),
             wanted_shards=s.wanted,
             pinned=bool(self._settings.pinned_shards),
+        )
+
+    def _status(self) -> Status:
+        s = self._state
+        cpu, memory = self._reporter.usage()
+        return msgspec.structs.replace(
+            self._placed(),
             loaded_bytes=s.loaded_bytes,
             total_bytes=s.total_bytes,
             waiting=sum(served.queue.qsize() for served in self._served),
@@ -155,36 +175,80 @@ class Worker:
 
     # -- placement ---------------------------------------------------------------------------------------------------
 
-    def _workers(self) -> list[Status]:
-        return [
-            s
-            for s in self._fleet.live("expert")
-            if s.deployment == self._deployment and s.instance != self._instance and s.state != "draining"
-        ]
+    async def _keep_watch(self, bus: Bus) -> None:
+        """Look at the other workers, and ask those that should have been heard of."""
+        while True:
+            try:
+                self._look(bus)
+            except Exception:  # one look that goes wrong must not be the last
+                log.exception("watch.failed")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _look(self, bus: Bus) -> None:
+        reports = [(heard, s) for heard, s in self._fleet.heard("expert") if s.deployment == self._deployment]
+        for instance in self._watch.look(time.monotonic(), reports, connection=bus.connection):
+            task = asyncio.create_task(self._probe(bus, instance), name=f"probe:{instance}")
+            self._probes.add(task)
+            task.add_done_callback(self._probes.discard)
+
+    async def _probe(self, bus: Bus, instance: str) -> None:
+        try:
+            await bus.request(subjects.discovery("PING", "expert", instance), b"", timeout=PROBE_SECONDS)
+        except NoRespondersError:
+            self._watch.absent(instance)
+        except MoeError:
+            self._watch.unanswered(instance)
+        else:
+            self._watch.answered(instance, time.monotonic())
+
+    def _needed(self) -> bool:
+        """Whether a router asks for experts."""
+        return any(s.deployment == self._deployment and s.state == "ready" for s in self._fleet.live("router"))
 
     async def _join(self) -> tuple[int, ...]:
         """Wait for the workers that start together, then take this one's part."""
         deadline = time.monotonic() + JOIN_SECONDS
-        while time.monotonic() < deadline and len(self._workers()) + 1 < self._settings.workers:
+        while time.monotonic() < deadline and len(self._watch.workers()) + 1 < self._settings.workers:
             await asyncio.sleep(0.05)
-        return choose_shards(self._status(), self._workers(), self._settings.expert_shards, self._settings.workers)
+        return choose_shards(
+            self._status(), self._watch.workers(), self._settings.expert_shards, self._settings.workers
+        )
 
     async def _take_over(self, bus: Bus) -> None:
-        """Load shards that have been without a worker for a while and fall to this one."""
-        now = time.monotonic()
-        if not any(s.instance == self._instance for s in self._fleet.live("expert")):
-            # Not even our own report comes back: we hear nobody, which says nothing about them.
-            self._uncovered_since = {}
-            self._deaf_until = now + TAKEOVER_SECONDS
-        if now < self._deaf_until:
+        """Load the shards that are lost and fall to this worker."""
+        start = time.monotonic()
+        losses = self._watch.losses(self._placed(), self._settings.expert_shards, start, needed=self._needed())
+        if not losses:
             return
-        lost = shards_to_take_over(self._status(), self._workers(), self._settings.expert_shards)
-        self._uncovered_since = {shard: self._uncovered_since.get(shard, now) for shard in lost}
-        due = tuple(shard for shard, since in self._uncovered_since.items() if now - since >= TAKEOVER_SECONDS)
-        if due:
-            log.warning("expert.takeover", shards=due)
-            await self._take(bus, due)
-            self._reporter.touch()
+        shards = tuple(loss.shard for loss in losses)
+        for loss in losses:
+            log.warning(
+                "expert.takeover",
+                shard=loss.shard,
+                lost=loss.instance,
+                reason=loss.reason,
+                seconds_since_last_sign=round(start - loss.sign, 3),
+            )
+        await self._take(bus, shards)
+        with contextlib.suppress(MoeError):  # disconnected: the subscriptions and the report follow the reconnect
+            await bus.flush()
+        await self._reporter.publish()
+        now = time.monotonic()
+        log.info("expert.taken_over", shards=shards, load_seconds=round(now - start, 3))
+        for loss in losses:
+            TAKEOVER_SECONDS.labels(loss.reason).observe(now - loss.sign)
+            await self._tell(bus, loss, now - loss.sign)
+
+    async def _tell(self, bus: Bus, loss: Loss, seconds: float) -> None:
+        lost = f"{loss.instance} ({loss.reason})" if loss.instance else "nobody"
+        text = (
+            f"{self._instance} took shard {loss.shard} over from {lost}; it serves {seconds:.1f} s after its last sign"
+        )
+        event = Event(kind="takeover", subject=f"{self._deployment}/{loss.shard}", text=text, time=time.time())
+        try:
+            await bus.publish(subjects.event("takeover"), wire.encode(event))
+        except MoeError as error:
+            log.info("takeover.unpublished", reason=error.message)
 
     async def _take(self, bus: Bus, shards: tuple[int, ...]) -> None:
         """Load `shards`, warm them up, and subscribe to them."""
@@ -230,12 +294,23 @@ class Worker:
         await self._reporter.publish()
         try:
             async with asyncio.timeout(self._settings.grace_seconds):
+                await self._hand_over()
                 await asyncio.gather(*(served.stop_taking() for served in self._served))
                 await bus.flush()
         except TimeoutError:
             log.warning("drain.cut_short", calls=sum(served.queue.qsize() for served in self._served))
         except MoeError as error:
             log.warning("drain.cut_short", reason=error.message)
+
+    async def _hand_over(self) -> None:
+        """Keep answering, for a part of the grace, while another worker loads what this one alone serves."""
+        start = time.monotonic()
+        give_up = start + HAND_OVER_SHARE * self._settings.grace_seconds
+        while self._needed() and (left := shards_to_hand_over(self._placed(), self._watch.workers())):
+            if time.monotonic() >= give_up:
+                log.warning("expert.not_handed_over", shards=left)
+                return
+            await asyncio.sleep(LOOK_SECONDS)
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
