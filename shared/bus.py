@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ from nats.aio.subscription import Subscription
 
 from shared import subjects
 from shared.errors import HTTP_STATUS, MoeError
-from shared.instrumentation import BUS_DROPPED
+from shared.instrumentation import BAD_MESSAGES, BUS_DROPPED
 from shared.nats_connection import Connection, header_block
 
 log = structlog.get_logger()
@@ -33,6 +34,8 @@ REQUEST_ID = "Moe-Request-Id"
 BUDGET_MS = "Moe-Budget-Ms"
 ERROR_TEXT = "Nats-Service-Error"
 ERROR_CODE = "Nats-Service-Error-Code"
+MAX_BUDGET_CHARACTERS = 32
+MAX_ERROR_CHARACTERS = 1000
 HEADER_ALLOWANCE = 4096  # the server counts headers into max_payload, nats-py's own check does not
 STREAM_QUEUE_CHUNKS = 65536
 CONNECT_SECONDS = 2
@@ -67,7 +70,7 @@ def raise_for_error(message: Msg) -> None:
     if code:
         if code not in HTTP_STATUS:
             code = "internal_error"
-        raise MoeError(code, headers.get(ERROR_TEXT) or "the service gave no reason")
+        raise MoeError(code, headers.get(ERROR_TEXT, "")[:MAX_ERROR_CHARACTERS] or "the service gave no reason")
 
 
 def outcome(subject: str, item: Msg | MoeError) -> bytes | MoeError:
@@ -88,9 +91,10 @@ def budget_deadline(headers: Headers | None, now: float) -> float | None:
     """When (on the monotonic clock) work with these headers expires; None if it never does."""
     value = (headers or {}).get(BUDGET_MS)
     try:
-        return now + float(value) / 1000 if value else None
+        milliseconds = float(value) if value and len(value) <= MAX_BUDGET_CHARACTERS else math.inf
     except ValueError:
         return None
+    return now + milliseconds / 1000 if math.isfinite(milliseconds) else None
 
 
 def raise_if_expired(expires: float | None) -> None:
@@ -341,6 +345,7 @@ class Bus:
         What the handler raises becomes one typed error reply; an unknown error's text goes to the log only.
         """
         served = Served(subject, handler, asyncio.Queue(capacity), queue_group)
+        bad_messages = BAD_MESSAGES.labels(subjects.kind(subject))
 
         def on_message(message: Msg) -> None:
             try:
@@ -361,6 +366,8 @@ class Bus:
                 except MoeError as error:
                     served.errors += 1
                     served.last_error = error.code
+                    if error.code == "bad_message":
+                        bad_messages.inc()
                     self.reply_error(message, error)
                 except asyncio.CancelledError:
                     raise
@@ -583,5 +590,5 @@ class ReplyStream:
 
 def error_headers(error: MoeError) -> Headers:
     """The headers of an error reply; line breaks, which would inject protocol, become spaces."""
-    text = " ".join(error.message.split())[:1000].encode("ascii", "replace").decode()
+    text = " ".join(error.message.split())[:MAX_ERROR_CHARACTERS].encode("ascii", "replace").decode()
     return {ERROR_TEXT: text or error.code, ERROR_CODE: error.code}

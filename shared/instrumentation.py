@@ -49,6 +49,12 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 # every service
 BUS_DROPPED = Counter("moe_bus_dropped_messages_total", "messages dropped, as they came too fast", registry=REGISTRY)
+BAD_MESSAGES = Counter(
+    "moe_bad_messages_total",
+    "messages refused as none of their subject's: by the last word of the subject's form, or reply, headers, name",
+    ["on"],
+    registry=REGISTRY,
+)
 
 # gateway: what clients see
 HTTP_REQUESTS = Counter("moe_http_requests_total", "HTTP requests", ["endpoint", "method", "status"], registry=REGISTRY)

@@ -7,15 +7,32 @@ what each method mends is what a test there provokes with a real server.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.protocol import parser
 
+from shared.instrumentation import BAD_MESSAGES
+
+log = structlog.get_logger()
+
+MAX_HEADER_BYTES = 64 * 1024
+"""Longer headers are nobody's: 8 MB of them would take seconds to read, in which nothing else is."""
 UNSENT_BYTES = 4 * 1024 * 1024
 """Who publishes waits while so much has not been taken by the network."""
+
+# The server takes any byte but these four in a name; nats-py's expressions stop at every white space, and its parser
+# then breaks the connection over a stranger's reply subject.
+_WORD, _GAP = rb"([^ \t\r\n]+)", rb"[ \t]+"
+parser.MSG_RE = re.compile(rb"\AMSG" + _GAP + _WORD + _GAP + _WORD + _GAP + rb"(" + _WORD + _GAP + rb")?(\d+)\r\n")
+parser.HMSG_RE = re.compile(
+    rb"\AHMSG" + _GAP + _WORD + _GAP + _WORD + _GAP + rb"(" + _WORD + _GAP + rb")?(\d+)" + _GAP + rb"(\d+)\r\n"
+)
 
 
 class Connection(Client):
@@ -51,7 +68,17 @@ class Connection(Client):
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         parsed = await self._process_headers(headers) if headers else None
-        callback(Msg(_client=self, subject=subject.decode(), reply=reply.decode(), data=data, headers=parsed, _sid=sid))
+        # What is raised here would end nats-py's read loop, and with it all hearing, in silence.
+        try:
+            to, answer = subject.decode(), reply.decode()
+        except UnicodeDecodeError:
+            BAD_MESSAGES.labels("name").inc()
+            log.info("bus.bad_name", subject=repr(subject[:100]), reply=repr(reply[:100]))
+            return
+        try:
+            callback(Msg(_client=self, subject=to, reply=answer, data=data, headers=parsed, _sid=sid))
+        except Exception:
+            log.exception("callback.failed", subject=to)
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         super()._remove_sub(sid, max_msgs)
@@ -59,12 +86,17 @@ class Connection(Client):
 
     async def _process_headers(self, headers: Any) -> dict[str, str] | None:
         """Headers that cannot be parsed are nobody's headers; nats-py would end its read loop over them."""
-        try:
-            parsed: dict[str, str] | None = await super()._process_headers(headers)
-        except Exception as error:  # whatever a stranger's bytes provoke
-            await self._error_cb(error)
-            return None
-        return parsed
+        reason = f"{len(headers)} bytes"
+        if len(headers) <= MAX_HEADER_BYTES:
+            try:
+                parsed: dict[str, str] | None = await super()._process_headers(headers)
+            except Exception as error:  # whatever a stranger's bytes provoke
+                reason = str(error)
+            else:
+                return parsed
+        BAD_MESSAGES.labels("headers").inc()
+        log.info("bus.bad_headers", reason=reason)
+        return None
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

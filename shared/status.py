@@ -7,8 +7,9 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
+import msgspec
 import psutil
 import structlog
 from nats.aio.msg import Msg
@@ -16,11 +17,21 @@ from nats.aio.msg import Msg
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import BadMessageError, MoeError
+from shared.instrumentation import BAD_MESSAGES
 
 log = structlog.get_logger()
 
 STATUS_INTERVAL_SECONDS = 1.0
 STALE_SECONDS = 3.5
+MAX_INSTANCES = 4096
+"""Of a fleet; the reports of more are not looked at."""
+MAX_SHARDS = 1024
+MAX_LAYERS = 1024
+
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Shards = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, lt=MAX_SHARDS)], ...], msgspec.Meta(max_length=MAX_SHARDS)]
 
 State = Literal["starting", "loading", "ready", "draining"]
 
@@ -28,37 +39,37 @@ State = Literal["starting", "loading", "ready", "draining"]
 class Status(wire.Message, frozen=True, kw_only=True):
     """One instance's report about itself. Times are seconds, sizes bytes, `cpu` a share of one core."""
 
-    service: str
-    instance: str
-    deployment: str = ""
-    model: str = ""
+    service: Name
+    instance: Name
+    deployment: Name = ""
+    model: Name = ""
     state: State = "starting"
-    pid: int = 0
-    host: str = ""
-    started: float = 0.0
+    pid: Count = 0
+    host: Name = ""
+    started: Seconds = 0.0
     """Unix time of the process' start: orders workers that start together."""
-    address: str = ""
+    address: Name = ""
     """host:port of this instance's /metrics."""
-    num_shards: int = 0
-    shards: tuple[int, ...] = ()
+    num_shards: Annotated[int, msgspec.Meta(ge=0, le=MAX_SHARDS)] = 0
+    shards: Shards = ()
     """Shards that an expert worker serves now."""
-    wanted_shards: tuple[int, ...] = ()
+    wanted_shards: Shards = ()
     """Shards that it is loading."""
     pinned: bool = False
     """Its shards are set by the operator: it takes no others over."""
-    loaded_bytes: int = 0
-    total_bytes: int = 0
-    running: int = 0
-    waiting: int = 0
-    max_model_len: int = 0
-    kv_usage: float = 0.0
+    loaded_bytes: Count = 0
+    total_bytes: Count = 0
+    running: Count = 0
+    waiting: Count = 0
+    max_model_len: Count = 0
+    kv_usage: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Share of the KV blocks in use, 0 to 1."""
-    tokens_total: int = 0
-    requests_total: int = 0
-    errors_total: int = 0
-    cpu: float = 0.0
-    memory_bytes: int = 0
-    expert_tokens: tuple[tuple[int, ...], ...] = ()
+    tokens_total: Count = 0
+    requests_total: Count = 0
+    errors_total: Count = 0
+    cpu: Seconds = 0.0
+    memory_bytes: Count = 0
+    expert_tokens: Annotated[tuple[tuple[Count, ...], ...], msgspec.Meta(max_length=MAX_LAYERS)] = ()
     """Routers: tokens sent to each expert since the start, [MoE layers][experts]."""
 
 
@@ -120,9 +131,13 @@ class Fleet:
             service, instance = subjects.parse_status(message.subject)
             status = wire.decode(Status, message.data)
         except (BadMessageError, ValueError):
+            BAD_MESSAGES.labels("status").inc()
             return
-        if (status.service, status.instance) == (service, instance):
+        known = (service, instance) in self._seen or len(self._seen) < MAX_INSTANCES
+        if (status.service, status.instance) == (service, instance) and known:
             self.observe(status, time.monotonic())
+        else:
+            BAD_MESSAGES.labels("status").inc()
 
     def observe(self, status: Status, now: float) -> None:
         self._seen[status.service, status.instance] = (now, status)

@@ -8,6 +8,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
 
 STATUS_ALL = "moe.status.>"
 ROUTER_QUEUE = "router"
+KINDS = ("generate", "forward", "experts", "worker", "control")
 
 
 def token(value: str) -> str:
@@ -82,6 +83,13 @@ def control(service: str, instance: str) -> str:
 
 def event(kind: str) -> str:
     return f"moe.events.{token(kind)}"
+
+
+def kind(subject: str) -> str:
+    """Which form `subject` has: generate, forward, experts, worker, control, or other."""
+    parts = subject.split(".")
+    found = "control" if parts[1:2] == ["control"] else parts[2] if len(parts) > 2 else ""
+    return found if parts[0] == "moe" and found in KINDS else "other"
 
 
 def inbox_prefix(service: str, instance: str) -> str:

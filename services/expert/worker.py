@@ -372,6 +372,8 @@ class Worker:
         pairs = token_index.shape[0]
         expert_index = from_wire(request.expert_index, "expert_index", (pairs,), ("int32",))
         weights = from_wire(request.weights, "weights", (pairs,), ("float32",))
+        if pairs > hidden.shape[0] * c.num_experts_per_tok:
+            raise BadMessageError(f"{pairs} pairs are more than {c.num_experts_per_tok} for each of the rows")
         tokens = token_index.numpy()
         if pairs and (tokens.min() < 0 or tokens.max() >= hidden.shape[0]):
             raise BadMessageError(f"token_index is outside the {hidden.shape[0]} rows of hidden_states")

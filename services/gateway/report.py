@@ -78,7 +78,7 @@ def expert_utilisation(layers: Sequence[int], per_router: Sequence[Sequence[Sequ
     result = []
     for row, layer in enumerate(layers):
         rows = [router[row] for router in per_router if row < len(router)]
-        counts = [sum(column) for column in zip(*rows, strict=True)] if rows else []
+        counts = [sum(column) for column in zip(*rows, strict=False)] if rows else []
         even, skew = entropy(counts), imbalance(counts)
         result.append(
             {

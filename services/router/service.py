@@ -55,6 +55,8 @@ log = structlog.get_logger()
 FORWARD_WORKERS = 16
 CLIENT_SILENCE_SECONDS = 5.0
 FLOATS = ("float32", "bfloat16", "float16")
+MOST_STOP_TOKENS = 1024
+"""All of them are looked through for each new token."""
 
 
 class Router:
@@ -281,6 +283,9 @@ class Router:
             raise MoeError("invalid_request", f"token ids must be below {vocab}", param="prompt")
         if request.output_ids and len(request.output_ids) >= request.max_tokens:
             raise MoeError("invalid_request", "output_ids leave no token of max_tokens to be made", param="output_ids")
+        if len(request.stop_token_ids) > MOST_STOP_TOKENS:
+            message = f"stop_token_ids: {len(request.stop_token_ids)} are more than {MOST_STOP_TOKENS}"
+            raise MoeError("invalid_request", message, param="stop_token_ids")
         if any(not 0 <= token < vocab for token in request.sampling.logit_bias):
             raise MoeError("invalid_request", f"logit_bias: token ids must be in [0, {vocab})", param="logit_bias")
         if length + request.max_tokens > self.max_model_len:

@@ -93,6 +93,11 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
     "indices of another type": {"token_index": ["int64", [1], b"\0" * 8]},
     "more weights than pairs": {"weights": ["float32", [2], b"\0" * 8]},
     "fewer weights than pairs": {"weights": ["float32", [0], b""]},
+    "more pairs than experts for the rows": {
+        "token_index": ["int32", [100_000], b"\0" * 400_000],
+        "expert_index": ["int32", [100_000], b"\0" * 400_000],
+        "weights": ["float32", [100_000], b"\0" * 400_000],
+    },
 }
 BAD_FORWARDS: dict[str, dict[str, Any]] = {
     **{f"hidden states: {name}": {"hidden_states": tensor} for name, tensor in BAD_TENSORS.items()},
