@@ -27,6 +27,7 @@ ITEMSIZE = {
     "bool": 1,
 }
 MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**31
 
 Dtype = Literal["float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -43,6 +44,8 @@ class Tensor(msgspec.Struct, array_like=True, frozen=True):
             raise ValueError(f"a tensor has at most {MAX_DIMENSIONS} dimensions, this one {len(self.shape)}")
         if any(size < 0 for size in self.shape):
             raise ValueError(f"negative size in shape {list(self.shape)}")
+        if math.prod(size for size in self.shape if size) >= MAX_ELEMENTS:  # beside a 0: numpy and torch fail at it
+            raise ValueError(f"shape {list(self.shape)} is too large")
         expected = math.prod(self.shape) * ITEMSIZE[self.dtype]
         if expected != self.data.nbytes:
             raise ValueError(

@@ -17,7 +17,8 @@ from services.router.messages import ForwardReply, ForwardRequest
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Headers, NoRespondersError
 from shared.checkpoint import ModelConfig
-from shared.errors import MoeError
+from shared.errors import BadMessageError, MoeError
+from shared.instrumentation import BAD_MESSAGES
 from shared.logs import request_id
 from shared.replicas import ANYTHING, Replicas
 from shared.settings import GatewaySettings
@@ -196,22 +197,39 @@ class Forwards:
             instance = self._routers.choose(ANYTHING, now)
             headers = {REQUEST_ID: name, BUDGET_MS: f"{(deadline - now) * 1000:.0f}"}
             try:
-                reply = wire.decode(ForwardReply, await self._reply(instance, data, deadline, headers))
-                break
+                return self._answer(await self._reply(instance, data, deadline, headers), hidden.shape[0])
             except MoeError as error:
+                if isinstance(error, BadMessageError):
+                    BAD_MESSAGES.labels("reply").inc()
+                    error = MoeError("router_unavailable", f"the router's answer is none: {error.message}")
                 losses += error.code == "router_unavailable" and not isinstance(error, NoRespondersError)
                 lost = error.code in LOST and losses <= MOST_LOSSES
                 if not lost or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
                     if isinstance(error, NoRespondersError):
                         raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
-                    raise
+                    raise error from None
             if self._routers.choose(ANYTHING, time.monotonic(), () if instance is None else (instance,)) is None:
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
+
+    def _answer(self, data: bytes, rows: int) -> Answer:
+        """What is in a router's reply to `rows` rows.
+
+        Raises:
+            BadMessageError: it is no such reply.
+
+        """
+        reply = wire.decode(ForwardReply, data)
+        h, k = self._config.hidden_size, self._config.num_experts_per_tok
+        for part, dtype, shape in (
+            (reply.hidden_states, "float32", (rows, h)),
+            (reply.top_k_index, "int64", (rows, k)),
+            (reply.top_k_weights, "float32", (rows, k)),
+        ):
+            if (part.dtype, part.shape) != (dtype, shape):
+                raise BadMessageError(f"{part.dtype} {list(part.shape)} is not {dtype} {list(shape)}")
         out, index, weights = (
             part.to_numpy() for part in (reply.hidden_states, reply.top_k_index, reply.top_k_weights)
         )
-        if any(part.shape[:1] != hidden.shape[:1] for part in (out, index, weights)):
-            raise MoeError("internal_error", "the router's answer has another number of rows than the request")
         return Answer(out, index, weights, reply.degraded)
 
     async def _reply(self, instance: str | None, data: bytes, deadline: float, headers: Headers) -> bytes:

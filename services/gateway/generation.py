@@ -23,6 +23,7 @@ from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, NoRespondersError, ReplyStream
 from shared.errors import BadMessageError, MoeError
 from shared.instrumentation import (
+    BAD_MESSAGES,
     E2E_LATENCY,
     GENERATION_TOKENS,
     INTER_TOKEN_LATENCY,
@@ -104,6 +105,13 @@ class Observations:
     def fail(self, now: float) -> None:
         self.failure_rate.add(now)
         self.failed += 1
+
+
+def not_the_clients(error: MoeError) -> MoeError:
+    """`error` as a client should hear it: what is wrong with a router's reply is no fault of the request."""
+    if isinstance(error, BadMessageError):
+        return MoeError("router_unavailable", f"the router's answer is none: {error.message}")
+    return error
 
 
 class _LostError(Exception):
@@ -226,8 +234,10 @@ class Generator:
                             return
             except _LostError as lost:
                 error = lost.error
+                if isinstance(error, BadMessageError):
+                    BAD_MESSAGES.labels("reply").inc()
                 if not progress.lost():
-                    raise error from None
+                    raise not_the_clients(error) from None
                 RESUMPTIONS.labels(error.code).inc()
                 log.warning(
                     "generation.resumed",
@@ -254,7 +264,10 @@ class Generator:
                 while not finished:
                     try:
                         data = await stream.next(self._timeout_seconds)
-                        chunk = progress.take(wire.decode(GenerateChunk, data))
+                        chunk = wire.decode(GenerateChunk, data)
+                        if chunk.id != accepted.id:
+                            raise BadMessageError(f"a chunk of {chunk.id[:128]!r} is none of {accepted.id}")
+                        chunk = progress.take(chunk)
                     except MoeError as error:
                         if error.code in LOST:
                             raise _LostError(error) from None
@@ -313,11 +326,14 @@ class Generator:
                         self._routers.gone(instance)
                     elif late:
                         self._routers.failed(instance, time.monotonic())
-                again = isinstance(error, NoRespondersError) or error.code in RETRYABLE or late
+                garbled = isinstance(error, BadMessageError)
+                if garbled:
+                    BAD_MESSAGES.labels("reply").inc()
+                again = isinstance(error, NoRespondersError) or error.code in RETRYABLE or late or garbled
                 if not again or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
                     if isinstance(error, NoRespondersError):
                         raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
-                    raise
+                    raise not_the_clients(error) from None
             if self._routers.choose(ANYTHING, time.monotonic(), refused_by) is None:
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
 

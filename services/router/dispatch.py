@@ -16,7 +16,7 @@ from shared import wire
 from shared.bus import Bus
 from shared.checkpoint import ModelConfig
 from shared.errors import BadMessageError, MoeError
-from shared.instrumentation import DISPATCH_SECONDS
+from shared.instrumentation import BAD_MESSAGES, DISPATCH_SECONDS
 from shared.settings import DegradedMode
 from shared.tensors import WIRE_DTYPE, check
 
@@ -177,6 +177,7 @@ class BusQuestion:
             missing = {c.shard for c, a in zip(self._calls, self._answers, strict=True) if a is None}
             return out * self._experts.share(self._routing, missing).to(out.device)[:, None]
         except BadMessageError as error:  # a worker's fault, not the client's
+            BAD_MESSAGES.labels("reply").inc()
             raise MoeError("shard_unavailable", f"an expert worker's answer is no answer: {error.message}") from None
 
 

@@ -83,7 +83,8 @@ class Router:
     async def say(self, message: Msg, tokens: list[int], finish: Any = None, **more: Any) -> None:
         start = self.told[message.reply]
         self.told[message.reply] += len(tokens)
-        chunk = GenerateChunk(id="any", token_ids=tokens, start=start, finish_reason=finish, **more)
+        (name,) = [name for name, inbox in self.replies.items() if inbox == message.reply]
+        chunk = GenerateChunk(id=name, token_ids=tokens, start=start, finish_reason=finish, **more)
         await self.bus.reply(message, wire.encode(chunk))
 
 
@@ -291,7 +292,7 @@ async def test_a_chunk_that_is_no_message_is_a_typed_error(nats_url: str) -> Non
     async with scripted(nats_url, script) as (gateway, _router):
         with pytest.raises(MoeError) as caught:
             await gateway.pieces()
-        assert caught.value.code == "bad_message"
+        assert caught.value.code == "router_unavailable", "no fault of the client's"
 
 
 # -- stop strings ------------------------------------------------------------------------------------------------------

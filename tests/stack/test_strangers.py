@@ -231,8 +231,8 @@ async def test_each_bad_message_is_counted_where_it_came(site: Site, kind: str) 
 
 def padded(message: dict[str, Any], size: int) -> bytes:
     """`message` with a field that nobody knows, `size` bytes in all."""
-    data: bytes = msgpack.packb({**message, "padding": b"\0" * (size - len(msgpack.packb(message)) - 20)})
-    return msgpack.packb({**message, "padding": b"\0" * (size - len(msgpack.packb(message)) - 20 + size - len(data))})
+    padding = size - len(msgpack.packb({**message, "padding": b"\0" * 2**17})) + 2**17
+    return bytes(msgpack.packb({**message, "padding": b"\0" * padding}))
 
 
 async def test_messages_as_large_as_the_server_takes(site: Site) -> None:
@@ -334,7 +334,9 @@ async def test_garbage_events_and_discovery_are_survived(site: Site) -> None:
 
 
 CHUNKS: dict[str, bytes] = {
-    **ALL_KINDS,
+    "nothing": b"",
+    "noise": ALL_KINDS["noise"],
+    "deep nesting": b"\x91" * 2000,
     "another's chunk": msgpack.packb({"v": 1, "id": "another", "token_ids": [5]}),
     "tokens out of the vocabulary": msgpack.packb({"v": 1, "id": "another", "token_ids": [2**62, -1]}),
     "another's end": msgpack.packb({"v": 1, "id": "another", "finish_reason": "stop"}),
@@ -345,7 +347,7 @@ CHUNKS: dict[str, bytes] = {
 @pytest.mark.parametrize("data", CHUNKS.values(), ids=CHUNKS)
 async def test_bogus_replies_into_a_gateways_live_stream(site: Site, data: bytes) -> None:
     """Ends within the time that is given, with the right text or one typed error; never with a wrong token."""
-    body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": PROMPT, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
     prefix = subjects.inbox_prefix("gateway", site.statuses["gateway"].instance)
     async with http(site.stack) as client:
         right = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
@@ -353,7 +355,7 @@ async def test_bogus_replies_into_a_gateways_live_stream(site: Site, data: bytes
         try:
             async with asyncio.timeout(SECONDS):
                 while not under_way.done():
-                    for token in range(1, 600):
+                    for token in range(1, 300):
                         await site.bus.publish(f"{prefix}.{token}", data)
                     await asyncio.sleep(0.05)
                 text, code = await under_way
@@ -389,14 +391,14 @@ async def test_bogus_replies_to_a_gateways_forward_request(site: Site, data: byt
 
     async def shoot() -> None:
         while not stop.is_set():
-            for token in range(1, 900):
+            for token in range(1, 500):
                 await site.bus.publish(f"{prefix}.{token}", data)
             await asyncio.sleep(0)
 
     shooting = asyncio.create_task(shoot())
     try:
         async with http(site.stack) as client:
-            for _ in range(10):
+            for _ in range(3):
                 answer = await client.post("/v1/moe/forward", json=body)
                 assert answer.status_code in {200, 500, 503}, answer.text
     finally:
