@@ -1,0 +1,593 @@
+"""A whole fleet on a simulated clock and a simulated bus: the real services, but for the model's numbers and HTTP.
+
+Run by a plan, checked all along: every stream against the oracle as it grows, every block at every step, and at the end
+that nothing is left: no task, no sequence, no block, no place, no open inbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import random
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest import mock
+
+import msgspec
+import structlog
+
+import services.expert.worker as expert_module
+import services.router.engine as engine_module
+import services.router.service as router_module
+import shared.bus as bus_module
+import shared.discovery as discovery_module
+import shared.status as status_module
+from services.expert.worker import Worker
+from services.gateway.admission import Admission
+from services.gateway.answers import Answers
+from services.gateway.generation import Generator, Observations
+from services.router.service import Router
+from shared.bus import Bus
+from shared.errors import MoeError
+from shared.service import service_context
+from shared.settings import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings
+from shared.status import Status
+from tests.simulation.loop import NOBODY, Process, SimulatedLoop, process, simulated_time
+from tests.simulation.nats import SimulatedConnection, SimulatedServer
+from tests.simulation.numerics import (
+    SimulatedBank,
+    SimulatedEngine,
+    SimulatedModel,
+    make_config,
+    simulated_forward,
+)
+from tests.simulation.plan import CHARACTERS, Fault, Kind, Plan, Request, make_plan
+
+S = TypeVar("S", bound=ServiceSettings)
+
+DEPLOYMENT = "simulated-00000000"
+SETTLE_SECONDS = 60.0
+"""After the last request and the last fault: until nothing is under way any more."""
+MOST_SECONDS = 400.0
+"""Of simulated time in all."""
+SLOW_SECONDS = 2.0
+"""What a slow worker adds to a call, at most."""
+GRACE_SECONDS = 10.0
+RESTART_SECONDS = 0.5
+"""Until a supervisor starts a process again that gave up."""
+
+
+@dataclass
+class Report:
+    """What a run showed."""
+
+    seed: int
+    violations: list[str] = field(default_factory=list)
+    outcomes: dict[str, str] = field(default_factory=dict)
+    """By request: `ok`, `left`, `died` with its gateway, or an error's code."""
+    counts: Counter[str] = field(default_factory=Counter)
+    digest: int = 0
+    """Of every message that the server routed, with its time: two runs of a seed have the same."""
+    seconds: float = 0.0
+    """Simulated."""
+    trace: list[str] = field(default_factory=list)
+
+
+class Words:
+    """A tokenizer: one character for each token."""
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return "".join(CHARACTERS[token] for token in ids)
+
+
+class SimulatedCompute:
+    """The compute thread: takes simulated time, then computes at once."""
+
+    async def __call__(self, function: Callable[..., Any], *args: Any, rows: int | None = None) -> Any:
+        owner = process.get()
+        assert owner is not None
+        loading = getattr(function, "__name__", "") == "load"
+        await asyncio.sleep(owner.load_seconds() if loading else owner.compute_seconds())
+        return function(*args)
+
+    def close(self) -> None:
+        """There is no thread."""
+
+
+class NoProcess:
+    """In place of psutil's: figures that are the same each time."""
+
+    def __init__(self, _pid: int) -> None:
+        pass
+
+    def cpu_percent(self) -> float:
+        return 0.0
+
+    def memory_info(self) -> SimpleNamespace:
+        return SimpleNamespace(rss=1)
+
+
+def base_status(_settings: object, service: str, instance: str, address: str) -> Status:
+    return Status(
+        service=service, instance=instance, model="simulated", pid=1, host="host", started=time.time(), address=address
+    )
+
+
+class Gateway:
+    """A gateway without HTTP: what services/gateway/service.py builds around its Generator."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
+        assert settings.instance is not None
+        self.instance = settings.instance
+        self.ready = False
+        self.draining = False
+        self.open_requests = 0
+
+    async def run(self, shutdown: asyncio.Event) -> None:
+        s = self.settings
+        async with service_context(s, "gateway", self.instance, self._status) as context:
+            self.bus: Bus = context.bus
+            self.admission = Admission(s.max_concurrent_requests, s.max_queued_requests, s.timeout_seconds)
+            self.generator = Generator(
+                self.bus,
+                DEPLOYMENT,
+                Words(),  # type: ignore[arg-type]
+                self.admission,
+                Observations("simulated"),
+                Answers(None, DEPLOYMENT, 60),
+                s.timeout_seconds,
+            )
+            self.ready = True
+            await shutdown.wait()
+            self.draining = True
+            await context.reporter.publish()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(s.grace_seconds):
+                    while self.open_requests:
+                        await asyncio.sleep(0.02)
+            await self.generator.close()
+
+    def _status(self) -> Status:
+        state: Any = "draining" if self.draining else "ready"
+        return Status(service="gateway", instance=self.instance, deployment=DEPLOYMENT, state=state)
+
+
+@dataclass
+class Node:
+    """One process of the fleet, and its successors: who is killed is started again, under another name."""
+
+    kind: Kind
+    index: int
+    generation: int = 0
+    process: Process | None = None
+    service: Any = None
+    task: asyncio.Task[None] | None = None
+    shutdown: asyncio.Event = field(default_factory=asyncio.Event)
+    busy: bool = False
+    """Whether a fault of this node is under way; one at a time."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.index}-{self.generation}"
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and not self.process.dead and self.task is not None and not self.task.done()
+
+
+class World:
+    """One run of a plan."""
+
+    def __init__(self, plan: Plan, *, trace: bool) -> None:
+        self.plan = plan
+        self.report = Report(plan.seed)
+        self.loop = SimulatedLoop()
+        self.draw = random.Random(plan.seed ^ 0x5EED)
+        self._tracing = trace
+        self.server = SimulatedServer(
+            self.loop, random.Random(plan.seed ^ 0xBEE), self.tell, latency=plan.latency, spikes=plan.spikes
+        )
+        counts: list[tuple[Kind, int]] = [
+            ("expert", plan.workers),
+            ("router", plan.routers),
+            ("gateway", plan.gateways),
+        ]
+        self.nodes = [Node(kind, index) for kind, count in counts for index in range(count)]
+        self._checkpoint: Any = SimpleNamespace(
+            config=make_config(plan.moe_layers), deployment=lambda _name: DEPLOYMENT
+        )
+        self._clients: dict[str, asyncio.Task[None]] = {}
+
+    # -- telling -----------------------------------------------------------------------------------------------------
+
+    def tell(self, line: str) -> None:
+        if self._tracing:
+            self.report.trace.append(line)
+
+    def say(self, text: str) -> None:
+        self.tell(f"{self.loop.time():.6f} -- {text}")
+
+    def violate(self, text: str) -> None:
+        self.say(f"VIOLATION {text}")
+        self.report.violations.append(f"{self.loop.time():.6f}: {text}")
+
+    def _log(self, _logger: object, method: str, event: MutableMapping[str, Any]) -> Any:
+        """structlog's last processor: into the trace, and a traceback is a violation."""
+        owner = process.get()
+        if event.get("exc_info") and not (owner is not None and owner.dead):
+            self.violate(f"{owner and owner.name}: {event.get('event')}: {traceback.format_exc()}")
+        if self._tracing:
+            self.say(f"{owner and owner.name} {method} {event}")
+        raise structlog.DropEvent
+
+    def _on_exception(self, _loop: object, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        shown = "".join(traceback.format_exception(error)) if error else ""
+        self.violate(f"unhandled: {context.get('message')} {shown}")
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        self.loop.set_exception_handler(self._on_exception)
+        with self._patches(), simulated_time(self.loop):
+            try:
+                self.loop.run_until_complete(self._main())
+            except RuntimeError as error:  # the loop's own: a deadlock
+                self.violate(str(error))
+            finally:
+                self.report.seconds = self.loop.time()
+                self.report.digest = self.server.digest
+                self.report.counts["messages"] = self.server.messages
+                self.report.counts["lost"] = self.server.lost
+                for engine in SimulatedEngine.engines:
+                    self.report.counts["preemptions"] += engine._scheduler.preemptions
+                self.loop.close()
+        return self.report
+
+    @contextlib.contextmanager
+    def _patches(self) -> Iterator[None]:
+        connection = type("WorldConnection", (SimulatedConnection,), {"server": self.server})
+        SimulatedEngine.violate = self.violate
+        SimulatedEngine.engines = []
+        SimulatedModel.blocks = self.plan.blocks
+        logs = structlog.get_config()
+        state = random.getstate()
+        random.seed(self.plan.seed)
+        structlog.configure(processors=[self._log], cache_logger_on_first_use=False)
+        with contextlib.ExitStack() as stack:
+            for module, name, value in (
+                (bus_module, "Connection", connection),
+                (status_module, "psutil", SimpleNamespace(Process=NoProcess)),
+                (discovery_module, "answer", _nothing),
+                (router_module, "Compute", SimulatedCompute),
+                (router_module, "choose_model", lambda *_: SimulatedModel),
+                (router_module, "DenseModel", SimulatedModel),
+                (router_module, "Engine", SimulatedEngine),
+                (router_module, "serve_metrics", _no_metrics),
+                (router_module, "base_status", base_status),
+                (engine_module, "forward", simulated_forward),
+                (expert_module, "Compute", SimulatedCompute),
+                (expert_module, "ExpertBank", SimulatedBank),
+                (expert_module, "choose_options", lambda *_: None),
+                (expert_module, "serve_metrics", _no_metrics),
+                (expert_module, "base_status", base_status),
+                (expert_module, "give_back_memory", lambda: None),
+            ):
+                stack.enter_context(mock.patch.object(module, name, value))
+            try:
+                yield
+            finally:
+                structlog.configure(**logs)
+                random.setstate(state)
+
+    async def _main(self) -> None:
+        try:
+            async with asyncio.timeout(MOST_SECONDS):
+                await self._live()
+        except TimeoutError:
+            self.violate(f"the run takes more than {MOST_SECONDS:g} s: {self._left()}")
+        finally:
+            for node in self.nodes:
+                await self._kill(node)
+
+    async def _live(self) -> None:
+        for node in self.nodes:
+            self._start(node)
+        await self._until(self._ready, 30, "the fleet to be ready")
+        self.say("ready")
+        async with asyncio.TaskGroup() as group:
+            for request in self.plan.requests:
+                group.create_task(self._client(request))
+            for fault in self.plan.faults:
+                group.create_task(self._fault(fault))
+        await self._until(lambda: not self._left(), SETTLE_SECONDS, "nothing to be left")
+        self._check_at_rest()
+        for node in self.nodes:
+            node.shutdown.set()
+        for node in self.nodes:
+            if node.task is not None:
+                await asyncio.wait({node.task}, timeout=GRACE_SECONDS + 5)
+                self._check_ended(node)
+        await asyncio.sleep(1)
+        if self.server.sessions:
+            self.violate(f"connections are left: {[s.client.name for s in self.server.sessions]}")
+
+    async def _until(self, predicate: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = self.loop.time() + seconds
+        while not predicate():
+            if self.loop.time() > deadline:
+                self.violate(f"waited {seconds:g} s for {what}: {self._left()}")
+                return
+            await asyncio.sleep(0.25)
+
+    # -- processes ---------------------------------------------------------------------------------------------------
+
+    def _start(self, node: Node) -> None:
+        node.process = Process(self.loop, node.name)
+        node.shutdown = asyncio.Event()
+        node.process.compute_seconds = lambda: self.plan.compute_seconds * (0.1 + self.draw.random())
+        node.process.load_seconds = lambda: self.plan.load_seconds * (0.1 + self.draw.random())
+        node.task = node.process.start(self._run(node), node.name)
+
+    async def _run(self, node: Node) -> None:
+        try:
+            await self._serve(node)
+        except MoeError as error:
+            # Its supervisor starts it again, as it does with one that crashed.
+            self.say(f"{node.name} gives up: {error.message}")
+            if error.code != "bus_unavailable" or not self.plan.faults:
+                raise
+            if node.process is not None and not node.process.dead and not node.shutdown.is_set():
+                self.report.counts[f"gave up {node.kind}"] += 1
+                self.loop.call_later(RESTART_SECONDS, self._start_again, node, node.process, context=NOBODY)
+
+    def _start_again(self, node: Node, gave_up: Process) -> None:
+        if node.process is gave_up and not gave_up.dead:
+            gave_up.dead = True
+            node.generation += 1
+            self._start(node)
+
+    async def _serve(self, node: Node) -> None:
+        plan, instance = self.plan, {"instance": node.name}
+        if node.kind == "gateway":
+            update = {"max_concurrent_requests": plan.max_concurrent}
+            node.service = Gateway(_settings(GatewaySettings).model_copy(update=instance | update))
+        elif node.kind == "router":
+            update = {
+                "expert_shards": plan.shards,
+                "batch_size": plan.batch_size,
+                "prefill_chunk_tokens": plan.prefill_chunk_tokens,
+                "kv_cache_mb": 1,
+                "kv_block_tokens": plan.block_tokens,
+            }
+            node.service = Router(_settings(RouterSettings).model_copy(update=instance | update), self._checkpoint)
+        else:
+            update = {"expert_shards": plan.shards, "workers": plan.workers}
+            node.service = Worker(_settings(ExpertSettings).model_copy(update=instance | update), self._checkpoint)
+        await node.service.run(node.shutdown)
+
+    def _ready(self) -> bool:
+        routers = [n for n in self.nodes if n.kind == "router" and n.alive]
+        return (
+            all(n.service is not None and n.service._state == "ready" for n in routers)
+            and all(n.service is not None and n.service._state.ready for n in self.nodes if n.kind == "expert")
+            and all(n.service is not None and n.service.ready for n in self.nodes if n.kind == "gateway")
+        )
+
+    async def _kill(self, node: Node) -> None:
+        if node.process is None or node.process.dead:
+            return
+        for session in [s for s in self.server.sessions if s.client.process is node.process]:
+            session.client.sever()
+        await node.process.kill()
+
+    async def _restart(self, node: Node, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        node.generation += 1
+        self._start(node)
+
+    async def _fault(self, fault: Fault) -> None:
+        await asyncio.sleep(fault.at)
+        if fault.action == "nats":
+            if self.server.up:
+                self._count(fault)
+                self.server.crash()
+                await asyncio.sleep(fault.seconds)
+                self.server.start()
+            return
+        node = next(n for n in self.nodes if (n.kind, n.index) == (fault.kind, fault.index))
+        if node.busy or node.process is None or not node.alive:
+            return
+        node.busy = True
+        self._count(fault)
+        owner = node.process
+        sessions = [s for s in self.server.sessions if s.client.process is owner]
+        if fault.action == "crash":
+            await self._kill(node)
+            await self._restart(node, fault.seconds)
+        elif fault.action == "stop":
+            owner.stop()
+            await asyncio.sleep(fault.seconds)
+            owner.resume()
+        elif fault.action == "reset":
+            for session in sessions:
+                self.server.reset(session)
+        elif fault.action == "cut":
+            self.server.block(owner.name, fault.seconds, 6 + 3 * self.draw.random())
+            await asyncio.sleep(fault.seconds)
+        elif fault.action == "slow":
+            before = owner.compute_seconds
+            owner.compute_seconds = lambda: SLOW_SECONDS * self.draw.random()
+            await asyncio.sleep(fault.seconds)
+            owner.compute_seconds = before
+        else:
+            node.shutdown.set()
+            assert node.task is not None
+            await asyncio.wait({node.task}, timeout=GRACE_SECONDS + 5)
+            self._check_ended(node)
+            await self._kill(node)
+            await self._restart(node, fault.seconds)
+        self.say(f"healed: {fault}")
+        node.busy = False
+
+    def _count(self, fault: Fault) -> None:
+        self.say(str(fault))
+        self.report.counts[f"{fault.action}" if fault.action == "nats" else f"{fault.action} {fault.kind}"] += 1
+
+    # -- clients -----------------------------------------------------------------------------------------------------
+
+    async def _client(self, request: Request) -> None:
+        await asyncio.sleep(request.at)
+        gateways = [n for n in self.nodes if n.kind == "gateway"]
+        gateways = gateways[request.gateway :] + gateways[: request.gateway]
+        deadline = self.loop.time() + 30
+        while True:  # nginx, and the client's retry, reach another gateway, or the restarted one
+            node = next((n for n in gateways if n.alive and n.service is not None and _open(n.service)), None)
+            if node is not None:
+                break
+            if self.loop.time() > deadline:
+                self.violate("no gateway is ready for 30 s")
+                return
+            await asyncio.sleep(0.1)
+        assert node.process is not None
+        name = request.request.id
+        self.report.outcomes[name] = "died"
+        task = node.process.start(self._read(node.service, request), name)
+        if request.leaves_after is not None:
+            await asyncio.wait({task}, timeout=request.leaves_after)
+            if not task.done():
+                self.report.outcomes[name] = "left"
+                task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is not None:
+            self.violate(f"{name}: {task.exception()!r}")
+        self.say(f"{name}: {self.report.outcomes[name]}")
+
+    async def _read(self, gateway: Gateway, r: Request) -> None:
+        """What the HTTP part does with a generation, and the client with its answer."""
+        name = r.request.id
+        tokens: list[int] = []
+        scores: list[Any] = []
+        text, reason = "", None
+        gateway.open_requests += 1
+        try:
+            request = msgspec.structs.replace(r.request, client=gateway.instance)
+            async with contextlib.aclosing(gateway.generator.generate(request, r.stops)) as pieces:
+                async for piece in pieces:
+                    tokens += piece.token_ids
+                    scores += piece.logprobs
+                    text += piece.text
+                    reason = piece.finish_reason
+                    self._check_so_far(r, tokens, scores, text)
+                    await asyncio.sleep(r.reader_seconds)
+            self.report.outcomes[name] = "ok"
+            if (tokens, text, reason) != (r.tokens, r.text, r.reason):
+                self.violate(f"{name} ends with {tokens} {text!r} {reason}, not {r.tokens} {r.text!r} {r.reason}")
+        except MoeError as error:
+            self.report.outcomes[name] = error.code
+            self.say(f"{name}: {error.code}: {error.message}")
+            if not self._may_fail(error.code):
+                self.violate(f"{name} fails: {error.code}: {error.message}")
+        finally:
+            gateway.open_requests -= 1
+
+    # -- checking ----------------------------------------------------------------------------------------------------
+
+    def _check_so_far(self, r: Request, tokens: list[int], scores: list[Any], text: str) -> None:
+        if tokens != r.tokens[: len(tokens)]:
+            self.violate(f"{r.request.id}: tokens {tokens} are not the beginning of {r.tokens}")
+        if not r.text.startswith(text):
+            self.violate(f"{r.request.id}: text {text!r} is not the beginning of {r.text!r}")
+        if r.request.logprobs >= 0 and scores != r.scores[: len(tokens)]:
+            self.violate(f"{r.request.id}: the log-probabilities are not those of its tokens")
+
+    def _may_fail(self, code: str) -> bool:
+        """Whether the plan leaves no way for a request to succeed, so that it may fail with `code`."""
+        return bool(self.plan.faults) and code in ALLOWED
+
+    def _left(self) -> list[str]:
+        """What is still under way, or was left behind."""
+        left: list[str] = []
+        for node in self.nodes:
+            if not node.alive or node.service is None:
+                continue
+            if node.kind == "router" and node.service._engine is not None:
+                left += [f"{node.name}: {s.request.id}" for s in node.service._engine.sequences()]
+                left += [f"{node.name}: reply of {name}" for name in node.service._replies]
+            if node.kind == "gateway" and node.service.ready:
+                g = node.service
+                if g.admission.running or g.admission.waiting:
+                    left.append(f"{node.name}: {g.admission.running} running, {g.admission.waiting} waiting")
+                if g.generator._farewells:
+                    left.append(f"{node.name}: farewells")
+            bus = node.service.bus if node.kind == "gateway" and node.service.ready else None
+            bus = node.service._bus if node.kind == "router" and hasattr(node.service, "_bus") else bus
+            if bus is not None and bus.waiting:
+                left.append(f"{node.name}: {bus.waiting} open inboxes")
+        return left
+
+    def _check_at_rest(self) -> None:
+        for engine in SimulatedEngine.engines:
+            if not engine.process.dead:
+                engine.check_blocks()
+                if engine.pool.free != engine.pool.num_blocks:
+                    self.violate(f"{engine.process.name}: {engine.pool.num_blocks - engine.pool.free} blocks leaked")
+
+    def _check_ended(self, node: Node) -> None:
+        """A process that was asked to end has ended, in time and whole."""
+        assert node.task is not None
+        assert node.process is not None
+        if not node.task.done():
+            self.violate(f"{node.name} does not end: {[t.get_name() for t in node.process.tasks]}")
+        elif not node.task.cancelled() and node.task.exception() is not None:
+            self.violate(f"{node.name} ends with {node.task.exception()!r}")
+        elif node.process.tasks:
+            self.violate(f"{node.name} leaves tasks: {[t.get_name() for t in node.process.tasks]}")
+
+
+ALLOWED = frozenset(
+    {
+        "router_unavailable",
+        "bus_unavailable",
+        "deadline_exceeded",
+        "shard_unavailable",
+        "cancelled",
+        "draining",
+        "overloaded",
+        "queue_timeout",
+    }
+)
+
+
+@functools.cache
+def _settings(kind: type[S]) -> S:
+    """The defaults, whatever this machine's environment says; making them anew for each process takes long."""
+    with mock.patch.dict(os.environ, clear=True):
+        values: dict[str, Any] = {"model": Path("/simulated"), "grace_seconds": GRACE_SECONDS}
+        return kind(**values)
+
+
+def _open(service: Any) -> bool:
+    return bool(service.ready and not service.draining)
+
+
+async def _nothing(_bus: Bus) -> None:
+    return
+
+
+def _no_metrics(_settings: object, _is_ready: object) -> tuple[str, Callable[[], None]]:
+    return "host:0", lambda: None
+
+
+def simulate(seed: int, *, trace: bool = False) -> Report:
+    """Run what `seed` stands for."""
+    return World(make_plan(seed), trace=trace).run()
