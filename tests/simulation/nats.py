@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import random
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import nats.errors
 from nats.aio.msg import Msg
 
+from services.router.calls import FREE
+from shared.bus import ERROR_CODE
 from shared.nats_connection import header_block
 from tests.simulation.loop import NOBODY, Process, SimulatedLoop, process
 
@@ -73,6 +76,11 @@ class SimulatedServer:
         self.sessions: dict[Session, None] = {}
         self.messages = 0
         self.lost = 0
+        self.calls: Counter[str] = Counter()
+        """Messages to expert workers, by the process that sent them."""
+        self.refusals: Counter[str] = Counter()
+        """Answers to processes that say that nobody has begun to work, and what was under way when they lost NATS."""
+        self.under_way: Callable[[Process], int] = lambda _: 0
         self.digest = 0
         self._draw = draw
         self._tell = tell
@@ -217,6 +225,8 @@ class SimulatedServer:
         line = f"{self.loop.time():.6f} {session.client.name} {subject} {len(data)} {zlib.crc32(data):08x}"
         self.digest = zlib.crc32(line.encode(), self.digest)
         self._tell(line)
+        if ".experts." in subject or ".worker." in subject:
+            self.calls[session.client.process.name] += 1
         found = [
             *self._exact.get(subject, ()),
             *self._star.get(subject.rpartition(".")[0], ()),
@@ -339,6 +349,8 @@ class SimulatedConnection:
             return
         _, sid, subject, reply, data, headers = item
         subscription = self._subscriptions.get(sid)
+        if headers and (headers.get("Status") == "503" or headers.get(ERROR_CODE) in FREE):
+            self.server.refusals[self.process.name] += 1
         if subscription is not None:
             fresh = None if headers is None else dict(headers)
             subscription.callback(Msg(_client=self, subject=subject, reply=reply, data=data, headers=fresh, _sid=sid))
@@ -349,6 +361,7 @@ class SimulatedConnection:
         """This end notices that the connection is gone."""
         if session is self.session and not self.is_closed and not self.process.dead:
             self.session = None
+            self.server.refusals[self.process.name] += self.server.under_way(self.process)
             self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
 
     async def _reconnect(self) -> None:

@@ -23,7 +23,7 @@ from services.router.sequence import Sequence
 from shared.checkpoint.config import ModelConfig, RopeConfig
 from shared.compute import Compute
 from shared.settings import MIB
-from tests.simulation.loop import process
+from tests.simulation.loop import Process, process
 
 VOCAB = 64
 EOS = 0
@@ -162,6 +162,7 @@ class SimulatedBatch:
         self.states = states
         self.last_rows = last_rows
         self.size = len(states)
+        self.degraded: torch.Tensor | None = None
 
 
 async def simulated_forward(
@@ -179,12 +180,17 @@ async def simulated_forward(
         index = torch.tensor([experts_of(x) for x in states])
         weights = torch.tensor([weights_of(x) for x in states])
         question = experts.question(layer, hidden, index, weights)
+        owner = process.get()
+        assert owner is not None
+        SimulatedEngine.calls[owner.name] += len(question._calls)  # type: ignore[attr-defined]
         await question.ask()
         answers = question.result().tolist()
-        owner = process.get()
-        for x, answer in zip(states, answers, strict=True):
-            if answer != layer_of(layer, x):
-                SimulatedEngine.violate(f"{owner and owner.name}: the experts' answer is wrong: {answer}")
+        if question.degraded is not None:
+            batch.degraded = question.degraded if batch.degraded is None else batch.degraded | question.degraded
+        whole = [True] * len(states) if question.degraded is None else (~question.degraded).tolist()
+        for x, answer, is_whole in zip(states, answers, whole, strict=True):
+            if is_whole and answer != layer_of(layer, x):
+                SimulatedEngine.violate(f"{owner.name}: the experts' answer is wrong: {answer}")
         states = [mixed(x, answer) for x, answer in zip(states, answers, strict=True)]
     batch.states = states
     return batch
@@ -196,6 +202,10 @@ class SimulatedEngine(Engine):
     violate: Callable[[str], None]
     engines: list[SimulatedEngine]
     """All of the world that runs, those of dead routers among them."""
+    calls: Counter[str]
+    """What the experts were asked, by router; not how often."""
+    check: Callable[[Process], None]
+    """Called before and after each step."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -209,6 +219,7 @@ class SimulatedEngine(Engine):
         self.check_blocks()
         await super().step(work)
         self.check_blocks()
+        SimulatedEngine.check(self.process)
 
     def check_blocks(self) -> None:
         """Every block is free or one live sequence's."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from services.router.messages import GenerateRequest, Sampling
+from shared.settings import DegradedMode
 from tests.simulation.numerics import EOS, VOCAB, oracle
 
 Kind = Literal["gateway", "router", "expert"]
 Action = Literal["crash", "stop", "reset", "cut", "term", "slow", "nats"]
 
 LOAD_SECONDS = 6.0
-"""Requests come, and faults begin, within so many seconds."""
+"""Requests come within so many seconds, or sooner, and faults begin within half of it."""
 CHARACTERS = [chr(0x30 + token) for token in range(VOCAB)]
 
 
@@ -70,6 +71,9 @@ class Plan:
     spikes: float
     compute_seconds: float
     load_seconds: float
+    burst_seconds: float
+    """Within which all requests come."""
+    degraded_mode: DegradedMode
     requests: list[Request] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
@@ -90,19 +94,21 @@ def make_plan(seed: int) -> Plan:
         shards=shards,
         workers=workers,
         moe_layers=draw.choice((1, 1, 2)),
-        blocks=-(-draw.choice((40, 64, 160)) // block_tokens),
+        blocks=-(-draw.choice((48, 64, 160)) // block_tokens),
         block_tokens=block_tokens,
         batch_size=draw.choice((2, 4, 8)),
         prefill_chunk_tokens=draw.choice((4, 8, 32)),
         max_concurrent=draw.choice((2, 8)),
         latency=draw.choice((0.0002, 0.001, 0.005)),
         spikes=draw.choice((0.0, 0.0, 0.02)),
-        compute_seconds=draw.choice((0.005, 0.03, 0.08)),
+        compute_seconds=draw.choice((0.01, 0.05, 0.1)),
         load_seconds=draw.choice((0.05, 0.5, 1.0)),
+        burst_seconds=draw.choice((0.1, 2.0, LOAD_SECONDS)),
+        degraded_mode="skip" if draw.random() < 0.1 else "fail",
     )
-    for number in range(draw.randint(2, 7)):
+    for number in range(draw.randint(2, 8)):
         plan.requests.append(_request(draw, plan, number))
-    for _ in range(draw.choice((0, 1, 2, 2, 3, 4))):
+    for _ in range(draw.choice((0, 1, 2, 3, 4, 6))):
         plan.faults.append(_fault(draw, plan))
     plan.faults.sort(key=lambda fault: fault.at)
     return plan
@@ -117,7 +123,7 @@ def _request(draw: random.Random, plan: Plan, number: int) -> Request:
     request = GenerateRequest(
         id=f"request-{number}",
         token_ids=[draw.randrange(1, VOCAB) for _ in range(draw.choice((1, 3, 9, 20)))],
-        max_tokens=draw.choice((1, 6, 12, 19)),
+        max_tokens=draw.choice((1, 6, 12, 25)),
         sampling=sampling,
         stop_token_ids=draw.choice(([], [draw.randrange(VOCAB)])),
         ignore_eos=draw.random() < 0.5,
@@ -137,7 +143,7 @@ def _request(draw: random.Random, plan: Plan, number: int) -> Request:
     return Request(
         request=request,
         stops=stops,
-        at=draw.random() * LOAD_SECONDS,
+        at=draw.random() * plan.burst_seconds,
         gateway=draw.randrange(plan.gateways),
         leaves_after=draw.random() * 3 if draw.random() < 0.15 else None,
         reader_seconds=draw.choice((0.0, 0.0, 0.0, 0.3)),
@@ -163,4 +169,4 @@ def _fault(draw: random.Random, plan: Plan) -> Fault:
         "slow": 1 + 4 * draw.random(),
         "nats": 0.1 + 4 * draw.random(),
     }[action]
-    return Fault(draw.random() * LOAD_SECONDS, action, kind, draw.randrange(count), seconds)
+    return Fault(draw.random() * LOAD_SECONDS / 2, action, kind, draw.randrange(count), seconds)

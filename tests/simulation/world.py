@@ -34,13 +34,15 @@ from services.expert.worker import Worker
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.generation import Generator, Observations
+from services.router.calls import HEDGE_SHARE, RETRY_RESERVE_PER_SECOND, RETRY_SHARE
 from services.router.service import Router
 from shared.bus import Bus
 from shared.errors import MoeError
+from shared.replicas import Replicas
 from shared.service import service_context
 from shared.settings import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings
-from shared.status import Status
-from tests.simulation.loop import NOBODY, Process, SimulatedLoop, process, simulated_time
+from shared.status import Fleet, Status
+from tests.simulation.loop import NOBODY, START, Process, SimulatedLoop, process, simulated_time
 from tests.simulation.nats import SimulatedConnection, SimulatedServer
 from tests.simulation.numerics import (
     SimulatedBank,
@@ -61,6 +63,12 @@ MOST_SECONDS = 400.0
 SLOW_SECONDS = 2.0
 """What a slow worker adds to a call, at most."""
 GRACE_SECONDS = 10.0
+NOTICE_SECONDS = 2.0
+"""Until a gateway must have gone on elsewhere when a router is lost."""
+AFTERMATH_SECONDS = 15.0
+"""After a fault in which what follows may be its doing."""
+COUNTED = {"generation.resumed", "experts.stalled", "expert.takeover", "client.silent", "experts.skipped"}
+"""Log events that a report counts."""
 RESTART_SECONDS = 0.5
 """Until a supervisor starts a process again that gave up."""
 
@@ -136,6 +144,8 @@ class Gateway:
         s = self.settings
         async with service_context(s, "gateway", self.instance, self._status) as context:
             self.bus: Bus = context.bus
+            routers = Replicas("router", DEPLOYMENT)
+            await Fleet(tell=routers.observe).watch(self.bus)
             self.admission = Admission(s.max_concurrent_requests, s.max_queued_requests, s.timeout_seconds)
             self.generator = Generator(
                 self.bus,
@@ -144,6 +154,7 @@ class Gateway:
                 self.admission,
                 Observations("simulated"),
                 Answers(None, DEPLOYMENT, 60),
+                routers,
                 s.timeout_seconds,
             )
             self.ready = True
@@ -205,7 +216,12 @@ class World:
         self._checkpoint: Any = SimpleNamespace(
             config=make_config(plan.moe_layers), deployment=lambda _name: DEPLOYMENT
         )
-        self._clients: dict[str, asyncio.Task[None]] = {}
+        self._by_process: dict[Process, Node] = {}
+        self._disturbed_until = 0.0
+        """Until when the last fault but those that are looked at lasts."""
+        self._resumed: dict[str, float] = {}
+        """By request: when it last went on with another router."""
+        self.server.under_way = self._under_way
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +241,11 @@ class World:
         owner = process.get()
         if event.get("exc_info") and not (owner is not None and owner.dead):
             self.violate(f"{owner and owner.name}: {event.get('event')}: {traceback.format_exc()}")
+        name = event.get("event")
+        if name in COUNTED:
+            self.report.counts[str(name)] += 1
+        if name == "generation.resumed":
+            self._resumed[str(event["id"])] = self.loop.time()
         if self._tracing:
             self.say(f"{owner and owner.name} {method} {event}")
         raise structlog.DropEvent
@@ -250,6 +271,12 @@ class World:
                 self.report.counts["lost"] = self.server.lost
                 for engine in SimulatedEngine.engines:
                     self.report.counts["preemptions"] += engine._scheduler.preemptions
+                for node in self._by_process.values():
+                    if node.kind == "router" and node.service is not None and node.service._experts is not None:
+                        budgets = node.service._experts.calls
+                        self.report.counts["retries"] += budgets.retries.taken
+                        self.report.counts["retries refused"] += budgets.retries.refused
+                        self.report.counts["hedges"] += budgets.hedges.taken
                 self.loop.close()
         return self.report
 
@@ -258,6 +285,8 @@ class World:
         connection = type("WorldConnection", (SimulatedConnection,), {"server": self.server})
         SimulatedEngine.violate = self.violate
         SimulatedEngine.engines = []
+        SimulatedEngine.calls = Counter()
+        SimulatedEngine.check = self._check_budgets
         SimulatedModel.blocks = self.plan.blocks
         logs = structlog.get_config()
         state = random.getstate()
@@ -333,6 +362,7 @@ class World:
 
     def _start(self, node: Node) -> None:
         node.process = Process(self.loop, node.name)
+        self._by_process[node.process] = node
         node.shutdown = asyncio.Event()
         node.process.compute_seconds = lambda: self.plan.compute_seconds * (0.1 + self.draw.random())
         node.process.load_seconds = lambda: self.plan.load_seconds * (0.1 + self.draw.random())
@@ -368,6 +398,7 @@ class World:
                 "prefill_chunk_tokens": plan.prefill_chunk_tokens,
                 "kv_cache_mb": 1,
                 "kv_block_tokens": plan.block_tokens,
+                "degraded_mode": plan.degraded_mode,
             }
             node.service = Router(_settings(RouterSettings).model_copy(update=instance | update), self._checkpoint)
         else:
@@ -410,6 +441,10 @@ class World:
         node.busy = True
         self._count(fault)
         owner = node.process
+        if fault.kind == "router" and (
+            fault.action == "crash" or (fault.action == "stop" and fault.seconds > NOTICE_SECONDS)
+        ):
+            self._expect_resumption(node, fault)
         sessions = [s for s in self.server.sessions if s.client.process is owner]
         if fault.action == "crash":
             await self._kill(node)
@@ -439,6 +474,24 @@ class World:
         self.say(f"healed: {fault}")
         node.busy = False
 
+    def _expect_resumption(self, node: Node, fault: Fault) -> None:
+        """Within 2 s of a router's end its streams must go on elsewhere, unless something else goes wrong meanwhile."""
+        others = [f for f in self.plan.faults if f is not fault and f.at <= fault.at + NOTICE_SECONDS]
+        if any(f.at + f.seconds + AFTERMATH_SECONDS >= fault.at for f in others):
+            return
+        names = [s.request.id.split(".")[0] for s in node.service._engine.sequences()] if node.service._engine else []
+        now = self.loop.time()
+        slack = 8 * self.plan.latency * (100 if self.plan.spikes else 1)
+        if not self.plan.spikes:
+            self.loop.call_at(now + NOTICE_SECONDS + slack, self._check_resumed, names, now, context=NOBODY)
+
+    def _check_resumed(self, names: list[str], since: float) -> None:
+        for name in names:
+            if self.report.outcomes.get(name) == "running" and self._resumed.get(name, 0.0) < since:
+                self.violate(f"{name} stands still for more than {NOTICE_SECONDS:g} s after its router's end")
+            elif self._resumed.get(name, 0.0) >= since:
+                self.report.counts["resumed within 2 s"] += 1
+
     def _count(self, fault: Fault) -> None:
         self.say(str(fault))
         self.report.counts[f"{fault.action}" if fault.action == "nats" else f"{fault.action} {fault.kind}"] += 1
@@ -460,7 +513,7 @@ class World:
             await asyncio.sleep(0.1)
         assert node.process is not None
         name = request.request.id
-        self.report.outcomes[name] = "died"
+        self.report.outcomes[name] = "running"
         task = node.process.start(self._read(node.service, request), name)
         if request.leaves_after is not None:
             await asyncio.wait({task}, timeout=request.leaves_after)
@@ -468,6 +521,8 @@ class World:
                 self.report.outcomes[name] = "left"
                 task.cancel()
         await asyncio.wait({task})
+        if self.report.outcomes[name] == "running":
+            self.report.outcomes[name] = "died"
         if not task.cancelled() and task.exception() is not None:
             self.violate(f"{name}: {task.exception()!r}")
         self.say(f"{name}: {self.report.outcomes[name]}")
@@ -487,8 +542,13 @@ class World:
                     scores += piece.logprobs
                     text += piece.text
                     reason = piece.finish_reason
-                    self._check_so_far(r, tokens, scores, text)
+                    if piece.degraded:
+                        self.report.outcomes[name] = "degraded"
+                    else:
+                        self._check_so_far(r, tokens, scores, text)
                     await asyncio.sleep(r.reader_seconds)
+            if self.report.outcomes[name] == "degraded":
+                return
             self.report.outcomes[name] = "ok"
             if (tokens, text, reason) != (r.tokens, r.text, r.reason):
                 self.violate(f"{name} ends with {tokens} {text!r} {reason}, not {r.tokens} {r.text!r} {r.reason}")
@@ -511,8 +571,31 @@ class World:
             self.violate(f"{r.request.id}: the log-probabilities are not those of its tokens")
 
     def _may_fail(self, code: str) -> bool:
-        """Whether the plan leaves no way for a request to succeed, so that it may fail with `code`."""
-        return bool(self.plan.faults) and code in ALLOWED
+        """Whether the plan leaves a request no way to succeed: all who could serve a shard are away, one after another.
+
+        Of one lost replica, or of one lost router, no request may hear.
+        """
+        lost = [f for f in self.plan.faults if f.kind == "expert" or f.action == "nats"]
+        return code == "shard_unavailable" and len(lost) > 1
+
+    def _under_way(self, owner: Process) -> int:
+        node = self._by_process[owner]
+        return node.service._bus.waiting if node.kind == "router" and node.service is not None else 0
+
+    def _check_budgets(self, owner: Process) -> None:
+        """No more calls are sent than are made, retried and hedged within the budgets, or were refused unheard."""
+        if owner.dead:
+            return
+        calls = self._by_process[owner].service._experts.calls
+        made, sent = SimulatedEngine.calls[owner.name], self.server.calls[owner.name]
+        paid = calls.retries.taken + calls.hedges.taken
+        if sent > made + paid + self.server.refusals[owner.name]:
+            self.violate(f"{owner.name}: {sent} calls sent for {made}, {paid} paid for by budgets")
+        reserve = RETRY_RESERVE_PER_SECOND * (self.loop.time() - START + 1)
+        if calls.retries.taken > RETRY_SHARE * made + reserve:
+            self.violate(f"{owner.name}: {calls.retries.taken} retries of {made} calls")
+        if calls.hedges.taken > HEDGE_SHARE * made + 1:
+            self.violate(f"{owner.name}: {calls.hedges.taken} hedges of {made} calls")
 
     def _left(self) -> list[str]:
         """What is still under way, or was left behind."""
@@ -552,20 +635,6 @@ class World:
             self.violate(f"{node.name} ends with {node.task.exception()!r}")
         elif node.process.tasks:
             self.violate(f"{node.name} leaves tasks: {[t.get_name() for t in node.process.tasks]}")
-
-
-ALLOWED = frozenset(
-    {
-        "router_unavailable",
-        "bus_unavailable",
-        "deadline_exceeded",
-        "shard_unavailable",
-        "cancelled",
-        "draining",
-        "overloaded",
-        "queue_timeout",
-    }
-)
 
 
 @functools.cache
