@@ -500,6 +500,7 @@ class Exchange:
                 self._wake()
 
     def _fail(self, sending: int, error: MoeError) -> None:
+        self._bus._forget(self._tokens[sending])  # noqa: SLF001 - it fails once, though the connection breaks after it
         self._errors.append((sending, error))
         self._wake()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +119,23 @@ async def ends(server: Server) -> AsyncIterator[Ends]:
         for bus in (asking, serving):
             await bus.abort()
             assert not bus.waiting, "a request is still waited for"
+
+
+# -- exchanges -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_sending_fails_once_though_the_connection_breaks_after_it(ends: Ends) -> None:
+    with ends.asking.exchange(1) as exchange:
+        sending = exchange.send(0, "nobody", b"")
+        assert not await exchange.wait(time.monotonic() + SOON)
+        assert [(n, type(error)) for n, error in exchange.take_errors()] == [(sending, NoRespondersError)]
+        with ends.asking.open_stream() as stream:
+            await ends.server.kill()
+            with pytest.raises(MoeError):  # so all that wait have been told
+                await stream.next(SOON)
+        late = exchange.send(0, "nobody", b"")
+        assert not await exchange.wait(time.monotonic() + SOON)
+        assert [(n, error.code) for n, error in exchange.take_errors()] == [(late, "bus_unavailable")]
 
 
 # -- asking and answering --------------------------------------------------------------------------------------------
