@@ -74,7 +74,8 @@ class Replicas:
         """Leave `instance` out for a while: it does not answer, or not in time."""
         replica = self._known.get(instance)
         if replica is not None and now >= replica.out_until:
-            seconds = min(FIRST_EJECTION_SECONDS * 2.0**replica.failures, LONGEST_EJECTION_SECONDS)
+            doublings = min(replica.failures, 32)  # 2.0 ** 1024 is too large for a float
+            seconds = min(FIRST_EJECTION_SECONDS * 2.0**doublings, LONGEST_EJECTION_SECONDS)
             replica.failures += 1
             replica.out_until = now + seconds
             self.ejections += 1

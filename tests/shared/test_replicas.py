@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.replicas import ANYTHING, FIRST_EJECTION_SECONDS, SILENT_SECONDS, Replicas
+from shared.replicas import ANYTHING, FIRST_EJECTION_SECONDS, LONGEST_EJECTION_SECONDS, SILENT_SECONDS, Replicas
 from shared.status import State, Status
 
 
@@ -109,3 +109,15 @@ def test_whatever_happens_one_that_is_heard_of_can_be_asked(events: list[tuple[s
         chosen = replicas.choose(0, now)
         assert (chosen in live) if live else (chosen is None)
         assert replicas.choose(0, now, live) is None
+
+
+def test_who_fails_for_ever_is_left_out_for_no_longer_than_the_rule_says() -> None:
+    replicas = workers("a", "b")
+    now = 0.0
+    for _ in range(2000):
+        replicas.observe(report("a", 0), now)
+        replicas.failed("a", now)
+        now += LONGEST_EJECTION_SECONDS
+    assert replicas.ejections == 2000
+    replicas.observe(report("a", 0), now)
+    assert replicas.choose(0, now) == "a"
