@@ -77,11 +77,13 @@ class Liveness:
                     task.add_done_callback(lambda _, instance=instance: self._asking.pop(instance, None))  # type: ignore[misc]
 
     async def _ask(self, instance: str, streams: list[Watched]) -> None:
+        asked = time.monotonic()
         try:
             known = await self.generations(instance, [stream.id for stream in streams])
         except MoeError as error:
             if error.code == "router_unavailable":
-                for stream in streams:
+                # What has become silent meanwhile need not be asked about by itself: that would take as long again.
+                for stream in [s for s in self._streams if s.instance == instance and s.last_sign <= asked]:
                     self._lose(stream, error)
             return
         now = time.monotonic()
