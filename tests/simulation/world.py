@@ -138,7 +138,8 @@ class Gateway:
         self.instance = settings.instance
         self.ready = False
         self.draining = False
-        self.open_requests = 0
+        self.requests: dict[asyncio.Task[None], None] = {}
+        """Those in flight."""
 
     async def run(self, shutdown: asyncio.Event) -> None:
         s = self.settings
@@ -163,8 +164,11 @@ class Gateway:
             await context.reporter.publish()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(s.grace_seconds):
-                    while self.open_requests:
+                    while self.requests:
                         await asyncio.sleep(0.02)
+            for task in self.requests:  # as uvicorn does
+                task.cancel()
+            await asyncio.gather(*self.requests, return_exceptions=True)
             await self.generator.close()
 
     def _status(self) -> Status:
@@ -388,6 +392,7 @@ class World:
 
     async def _serve(self, node: Node) -> None:
         plan, instance = self.plan, {"instance": node.name}
+        update: dict[str, Any]
         if node.kind == "gateway":
             update = {"max_concurrent_requests": plan.max_concurrent}
             node.service = Gateway(_settings(GatewaySettings).model_copy(update=instance | update))
@@ -479,7 +484,9 @@ class World:
         others = [f for f in self.plan.faults if f is not fault and f.at <= fault.at + NOTICE_SECONDS]
         if any(f.at + f.seconds + AFTERMATH_SECONDS >= fault.at for f in others):
             return
-        names = [s.request.id.split(".")[0] for s in node.service._engine.sequences()] if node.service._engine else []
+        slow = {r.request.id for r in self.plan.requests if r.reader_seconds}  # they still read what came before
+        sequences = node.service._engine.sequences() if node.service._engine else []
+        names = [name for s in sequences if (name := s.request.id.split(".")[0]) not in slow]
         now = self.loop.time()
         slack = 8 * self.plan.latency * (100 if self.plan.spikes else 1)
         if not self.plan.spikes:
@@ -523,6 +530,8 @@ class World:
         await asyncio.wait({task})
         if self.report.outcomes[name] == "running":
             self.report.outcomes[name] = "died"
+            if not any(f.kind == "gateway" for f in self.plan.faults):
+                self.violate(f"{name} ends with neither an answer nor an error")
         if not task.cancelled() and task.exception() is not None:
             self.violate(f"{name}: {task.exception()!r}")
         self.say(f"{name}: {self.report.outcomes[name]}")
@@ -533,7 +542,9 @@ class World:
         tokens: list[int] = []
         scores: list[Any] = []
         text, reason = "", None
-        gateway.open_requests += 1
+        own = asyncio.current_task()
+        assert own is not None
+        gateway.requests[own] = None
         try:
             request = msgspec.structs.replace(r.request, client=gateway.instance)
             async with contextlib.aclosing(gateway.generator.generate(request, r.stops)) as pieces:
@@ -558,7 +569,7 @@ class World:
             if not self._may_fail(error.code):
                 self.violate(f"{name} fails: {error.code}: {error.message}")
         finally:
-            gateway.open_requests -= 1
+            del gateway.requests[own]
 
     # -- checking ----------------------------------------------------------------------------------------------------
 
