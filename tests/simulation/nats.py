@@ -137,6 +137,7 @@ class SimulatedServer:
     def reset(self, session: Session) -> None:
         """Break a connection: what is under way is lost, both ends are told."""
         session.broken = True
+        self.lost += len(session.to_server) + len(session.to_client)
         self._end(session)
         client = session.client
         self.loop.call_later(self.latency(), client.lose, session, context=client.process.context)

@@ -45,7 +45,8 @@ class Fault:
     kind: Kind
     index: int
     seconds: float
-    """How long it lasts: until the restart, the SIGCONT, or the network's return."""
+    """How long it lasts: until the restart, the SIGCONT, or the network's return. What was sent before a reset in so many
+    seconds is lost with it."""
 
     def __str__(self) -> str:
         of = "nats" if self.action == "nats" else f"{self.action} {self.kind} {self.index}"
@@ -99,7 +100,7 @@ def make_plan(seed: int) -> Plan:
         batch_size=draw.choice((2, 4, 8)),
         prefill_chunk_tokens=draw.choice((4, 8, 32)),
         max_concurrent=draw.choice((2, 8)),
-        latency=draw.choice((0.0002, 0.001, 0.005)),
+        latency=draw.choice((0.0002, 0.001, 0.005, 0.02)),
         spikes=draw.choice((0.0, 0.0, 0.02)),
         compute_seconds=draw.choice((0.01, 0.05, 0.1)),
         load_seconds=draw.choice((0.05, 0.5, 1.0)),
@@ -163,7 +164,7 @@ def _fault(draw: random.Random, plan: Plan) -> Fault:
     seconds = {
         "crash": 0.2 + 3 * draw.random(),
         "stop": 0.1 + 7 * draw.random(),
-        "reset": 0.0,
+        "reset": 0.4 * draw.random(),
         "cut": 0.1 + 9 * draw.random(),
         "term": 0.5 * draw.random(),
         "slow": 1 + 4 * draw.random(),

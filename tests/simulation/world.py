@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import random
 import time
@@ -459,6 +460,8 @@ class World:
             await asyncio.sleep(fault.seconds)
             owner.resume()
         elif fault.action == "reset":
+            self.server.block(owner.name, fault.seconds, math.inf)
+            await asyncio.sleep(fault.seconds)
             for session in sessions:
                 self.server.reset(session)
         elif fault.action == "cut":
