@@ -27,6 +27,7 @@ from tests.simulation.loop import NOBODY, Process, SimulatedLoop, process
 MAX_PAYLOAD = 1024 * 1024
 TICK = 2e-9
 """Between two messages of a connection, in seconds: timers of the same moment have no order."""
+LONGEST_SPIKE_SECONDS = 0.3
 NO_RESPONDERS = {"Status": "503"}
 
 Tell = Callable[[str], None]
@@ -94,7 +95,7 @@ class SimulatedServer:
         """Of one way, in seconds."""
         draw = self._draw.random()
         if draw < self._spikes:
-            return self._draw.random() * 100 * self._latency
+            return self._draw.random() * min(100 * self._latency, LONGEST_SPIKE_SECONDS)
         return self._latency * (0.2 + draw)
 
     def connect(self, client: SimulatedConnection) -> Session | None:

@@ -30,7 +30,7 @@ from tests.simulation.world import simulate
 
 RUNS = 120
 CHUNK = 20
-REPLAYED = 17
+REPLAYED = 16
 """Has crashes, stops and a cut, and several resumptions."""
 
 
