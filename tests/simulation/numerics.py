@@ -128,6 +128,24 @@ def oracle(request: GenerateRequest, moe_layers: int) -> tuple[list[int], list[T
             return output, scores, "length"
 
 
+def prompt_scores(request: GenerateRequest) -> list[TokenLogprob | None]:
+    """The log-probabilities of the prompt's tokens."""
+    prompt = request.token_ids
+    return [None, *(likelihood(digest(prompt[:i]), prompt[i]) for i in range(1, len(prompt)))]
+
+
+def routing_of(tokens: list[int], moe_layers: int) -> list[list[list[int]]]:
+    """[n, L, k]: the experts of each of `tokens` in each layer."""
+    rows = []
+    for end in range(1, len(tokens) + 1):
+        x, row = digest(tokens[:end]), []
+        for layer in range(moe_layers):
+            row.append(list(experts_of(x)))
+            x = mixed(x, layer_of(layer, x))
+        rows.append(row)
+    return rows
+
+
 class SimulatedModel:
     """Stands where services/router/service.py expects a DenseModel's class, and its instance."""
 
@@ -163,6 +181,8 @@ class SimulatedBatch:
         self.last_rows = last_rows
         self.size = len(states)
         self.degraded: torch.Tensor | None = None
+        self.routing: list[torch.Tensor] = []
+        """[T, k] of each MoE layer."""
 
 
 async def simulated_forward(
@@ -179,6 +199,8 @@ async def simulated_forward(
         hidden = torch.tensor([row_of(x) for x in states])
         index = torch.tensor([experts_of(x) for x in states])
         weights = torch.tensor([weights_of(x) for x in states])
+        if want_routing:
+            batch.routing.append(index)
         question = experts.question(layer, hidden, index, weights)
         owner = process.get()
         assert owner is not None
@@ -251,10 +273,17 @@ class SimulatedEngine(Engine):
 
     def _sample(self, work: list[Work], batch: Batch, result: StepResult) -> list[Emission]:
         states, last_rows = result.states, batch.last_rows  # type: ignore[attr-defined]
+        routing = torch.stack(result.routing, dim=1) if result.routing else None  # type: ignore[arg-type]
         emissions = []
         for w, row in zip(work, last_rows, strict=True):
             emission = Emission(w.sequence)
             s: Sequence = w.sequence
+            end = w.start + w.count
+            if s.request.prompt_logprobs >= 0 and end >= s.prompt_length and not s.prompt_logprobs:
+                s.prompt_logprobs += prompt_scores(s.request)
+            if s.request.return_routing and routing is not None and end > s.routing_rows_sent:
+                new = min(w.count, end - s.routing_rows_sent)
+                emission.routing = routing[row + 1 - new : row + 1].int()
             if w.completes and s.request.max_tokens:
                 x = states[row]
                 emission.token = chosen(x, s.request, s.counts, s.length)

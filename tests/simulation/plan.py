@@ -129,6 +129,8 @@ def _request(draw: random.Random, plan: Plan, number: int) -> Request:
         stop_token_ids=draw.choice(([], [draw.randrange(VOCAB)])),
         ignore_eos=draw.random() < 0.5,
         logprobs=draw.choice((-1, 0)),
+        prompt_logprobs=draw.choice((-1, -1, 0)),
+        return_routing=draw.random() < 0.25,
     )
     tokens, scores, reason = oracle(request, plan.moe_layers)
     shown = tokens

@@ -124,6 +124,11 @@ def test_a_token_that_is_left_out_is_seen() -> None:
     assert "are not the beginning of" in violations(Progress, "take", trusting, range(60, 400))
 
 
+def test_routing_that_is_told_twice_is_seen() -> None:
+    found = violations(Progress, "_routing", lambda _self, rows: rows, range(200))
+    assert "rows of routing are not the" in found
+
+
 def test_penalties_that_are_not_continued_are_seen() -> None:
     def fresh(self: Sequence) -> None:
         self.output = list(self.request.output_ids)

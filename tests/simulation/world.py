@@ -50,6 +50,8 @@ from tests.simulation.numerics import (
     SimulatedEngine,
     SimulatedModel,
     make_config,
+    prompt_scores,
+    routing_of,
     simulated_forward,
 )
 from tests.simulation.plan import CHARACTERS, Fault, Kind, Plan, Request, make_plan
@@ -544,6 +546,8 @@ class World:
         name = r.request.id
         tokens: list[int] = []
         scores: list[Any] = []
+        prompt_scores_told: list[Any] = []
+        routing: list[Any] = []
         text, reason = "", None
         own = asyncio.current_task()
         assert own is not None
@@ -555,6 +559,9 @@ class World:
                     tokens += piece.token_ids
                     scores += piece.logprobs
                     text += piece.text
+                    prompt_scores_told += piece.prompt_logprobs or []
+                    for rows in piece.routing:
+                        routing += rows.to_numpy().tolist()
                     reason = piece.finish_reason
                     if piece.degraded:
                         self.report.outcomes[name] = "degraded"
@@ -566,6 +573,14 @@ class World:
             self.report.outcomes[name] = "ok"
             if (tokens, text, reason) != (r.tokens, r.text, r.reason):
                 self.violate(f"{name} ends with {tokens} {text!r} {reason}, not {r.tokens} {r.text!r} {r.reason}")
+            if r.request.prompt_logprobs >= 0 and prompt_scores_told != prompt_scores(r.request):
+                self.violate(f"{name}: the prompt's log-probabilities are {prompt_scores_told}")
+            if r.request.return_routing:
+                taken = routing_of((r.request.token_ids + r.tokens)[:-1], self.plan.moe_layers)
+                if routing != taken:
+                    self.violate(
+                        f"{name}: {len(routing)} rows of routing are not the {len(taken)} that its tokens took"
+                    )
         except MoeError as error:
             self.report.outcomes[name] = error.code
             self.say(f"{name}: {error.code}: {error.message}")
