@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -26,12 +28,10 @@ from shared.bus import ReplyStream
 from shared.retry_budget import RetryBudget
 from tests.simulation.numerics import SimulatedBank
 from tests.simulation.run import describe
-from tests.simulation.world import simulate
+from tests.simulation.world import Report, simulate
 
-RUNS = 120
+RUNS = 100
 CHUNK = 20
-REPLAYED = 16
-"""Has crashes, stops and a cut, and several resumptions."""
 
 
 @pytest.mark.parametrize("first", range(0, RUNS, CHUNK))
@@ -46,20 +46,27 @@ def test_no_token_block_or_task_is_lost_whatever_fails(first: int) -> None:
     assert met["generation.resumed"], "no stream lost its router: these runs prove little"
 
 
+@functools.cache
+def eventful() -> Report:
+    """A run in which a stream lost its router."""
+    return next(report for seed in itertools.count() if (report := simulate(seed)).counts["generation.resumed"])
+
+
 def test_a_seed_replays_exactly() -> None:
-    once, again = simulate(REPLAYED, trace=True), simulate(REPLAYED, trace=True)
-    assert once.counts["generation.resumed"]
+    seed = eventful().seed
+    once, again = simulate(seed, trace=True), simulate(seed, trace=True)
     assert once.trace == again.trace
-    assert once.digest == again.digest != simulate(REPLAYED + 1).digest
+    assert once.digest == again.digest == eventful().digest
+    assert once.digest != simulate(seed + 1).digest
 
 
 def test_a_seed_replays_exactly_in_another_process() -> None:
-    command = [sys.executable, "-m", "tests.simulation.run", "--seed", str(REPLAYED)]
+    report = eventful()
+    command = [sys.executable, "-m", "tests.simulation.run", "--seed", str(report.seed)]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         command, cwd=root, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True
     )
-    report = simulate(REPLAYED)
     assert f"digest {report.digest:08x}" in done.stdout
     assert str(report.outcomes) in done.stdout
 
@@ -118,10 +125,11 @@ def test_a_token_that_is_said_twice_is_seen() -> None:
 def test_a_token_that_is_left_out_is_seen() -> None:
     take = Progress.take
 
-    def trusting(self: Progress, chunk: GenerateChunk) -> GenerateChunk:
-        return take(self, msgspec.structs.replace(chunk, start=len(self.tokens)))
+    def careless(self: Progress, chunk: GenerateChunk) -> GenerateChunk:
+        token_ids = [] if chunk.start == 2 else chunk.token_ids
+        return take(self, msgspec.structs.replace(chunk, start=len(self.tokens), token_ids=token_ids))
 
-    assert "are not the beginning of" in violations(Progress, "take", trusting, range(60, 400))
+    assert "are not the beginning of" in violations(Progress, "take", careless)
 
 
 def test_routing_that_is_told_twice_is_seen() -> None:
