@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -41,7 +41,7 @@ class Watched:
     """New tokens that have arrived."""
 
 
-def silent(streams: set[Watched], now: float) -> dict[str, list[Watched]]:
+def silent(streams: Iterable[Watched], now: float) -> dict[str, list[Watched]]:
     """The streams that are to be asked about, by router."""
     found: dict[str, list[Watched]] = {}
     for stream in streams:
@@ -55,17 +55,17 @@ class Liveness:
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._streams: set[Watched] = set()
+        self._streams: dict[Watched, None] = {}  # not a set: in the order in which they came, always the same
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
 
     def add(self, stream: Watched) -> None:
-        self._streams.add(stream)
+        self._streams[stream] = None
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look(), name="liveness")
 
     def remove(self, stream: Watched) -> None:
-        self._streams.discard(stream)
+        self._streams.pop(stream, None)
 
     async def _look(self) -> None:
         while self._streams:
@@ -95,7 +95,7 @@ class Liveness:
 
     def _lose(self, stream: Watched, error: MoeError) -> None:
         if stream in self._streams:
-            self._streams.discard(stream)
+            del self._streams[stream]
             stream.lost(error)
 
     async def generations(self, instance: str, ids: list[str]) -> dict[str, int]:
