@@ -8,64 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import math
-import os
 import random
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeVar
-from unittest import mock
+from typing import Any
 
 import msgspec
 import structlog
 
-import services.expert.worker as expert_module
-import services.router.engine as engine_module
-import services.router.service as router_module
-import shared.bus as bus_module
-import shared.discovery as discovery_module
-import shared.status as status_module
-from services.expert.worker import Worker
-from services.gateway.admission import Admission
-from services.gateway.answers import Answers
-from services.gateway.generation import Generator, Observations
 from services.router.calls import HEDGE_SHARE, RETRY_RESERVE_PER_SECOND, RETRY_SHARE
-from services.router.service import Router
-from shared.bus import Bus
 from shared.errors import MoeError
-from shared.replicas import Replicas
-from shared.service import service_context
-from shared.settings import ExpertSettings, GatewaySettings, RouterSettings, ServiceSettings
-from shared.status import Fleet, Status
+from tests.simulation.fleet import GRACE_SECONDS, Gateway, Node, make_service, stand_ins
 from tests.simulation.loop import NOBODY, START, Process, SimulatedLoop, process, simulated_time
-from tests.simulation.nats import SimulatedConnection, SimulatedServer
-from tests.simulation.numerics import (
-    SimulatedBank,
-    SimulatedEngine,
-    SimulatedModel,
-    make_config,
-    prompt_scores,
-    routing_of,
-    simulated_forward,
-)
-from tests.simulation.plan import CHARACTERS, Fault, Kind, Plan, Request, make_plan
+from tests.simulation.nats import SimulatedServer
+from tests.simulation.numerics import SimulatedEngine, SimulatedModel, prompt_scores, routing_of
+from tests.simulation.plan import Fault, Kind, Plan, Request, make_plan
 
-S = TypeVar("S", bound=ServiceSettings)
-
-DEPLOYMENT = "simulated-00000000"
 SETTLE_SECONDS = 60.0
 """After the last request and the last fault: until nothing is under way any more."""
 MOST_SECONDS = 400.0
 """Of simulated time in all."""
 SLOW_SECONDS = 2.0
 """What a slow worker adds to a call, at most."""
-GRACE_SECONDS = 10.0
 NOTICE_SECONDS = 2.0
 """Until a gateway must have gone on elsewhere when a router is lost."""
 AFTERMATH_SECONDS = 15.0
@@ -92,116 +59,6 @@ class Report:
     trace: list[str] = field(default_factory=list)
 
 
-class Words:
-    """A tokenizer: one character for each token."""
-
-    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
-        return "".join(CHARACTERS[token] for token in ids)
-
-
-class SimulatedCompute:
-    """The compute thread: takes simulated time, then computes at once."""
-
-    async def __call__(self, function: Callable[..., Any], *args: Any, rows: int | None = None) -> Any:
-        owner = process.get()
-        assert owner is not None
-        loading = getattr(function, "__name__", "") == "load"
-        await asyncio.sleep(owner.load_seconds() if loading else owner.compute_seconds())
-        return function(*args)
-
-    def close(self) -> None:
-        """There is no thread."""
-
-
-class NoProcess:
-    """In place of psutil's: figures that are the same each time."""
-
-    def __init__(self, _pid: int) -> None:
-        pass
-
-    def cpu_percent(self) -> float:
-        return 0.0
-
-    def memory_info(self) -> SimpleNamespace:
-        return SimpleNamespace(rss=1)
-
-
-def base_status(_settings: object, service: str, instance: str, address: str) -> Status:
-    return Status(
-        service=service, instance=instance, model="simulated", pid=1, host="host", started=time.time(), address=address
-    )
-
-
-class Gateway:
-    """A gateway without HTTP: what services/gateway/service.py builds around its Generator."""
-
-    def __init__(self, settings: GatewaySettings) -> None:
-        self.settings = settings
-        assert settings.instance is not None
-        self.instance = settings.instance
-        self.ready = False
-        self.draining = False
-        self.requests: dict[asyncio.Task[None], None] = {}
-        """Those in flight."""
-
-    async def run(self, shutdown: asyncio.Event) -> None:
-        s = self.settings
-        async with service_context(s, "gateway", self.instance, self._status) as context:
-            self.bus: Bus = context.bus
-            routers = Replicas("router", DEPLOYMENT)
-            await Fleet(tell=routers.observe).watch(self.bus)
-            self.admission = Admission(s.max_concurrent_requests, s.max_queued_requests, s.timeout_seconds)
-            self.generator = Generator(
-                self.bus,
-                DEPLOYMENT,
-                Words(),  # type: ignore[arg-type]
-                self.admission,
-                Observations("simulated"),
-                Answers(None, DEPLOYMENT, 60),
-                routers,
-                s.timeout_seconds,
-            )
-            self.ready = True
-            await shutdown.wait()
-            self.draining = True
-            await context.reporter.publish()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(s.grace_seconds):
-                    while self.requests:
-                        await asyncio.sleep(0.02)
-            for task in self.requests:  # as uvicorn does
-                task.cancel()
-            await asyncio.gather(*self.requests, return_exceptions=True)
-            await self.generator.close()
-
-    def _status(self) -> Status:
-        state: Any = "draining" if self.draining else "ready"
-        return Status(service="gateway", instance=self.instance, deployment=DEPLOYMENT, state=state)
-
-
-@dataclass
-class Node:
-    """One process of the fleet, and its successors: who is killed is started again, under another name."""
-
-    kind: Kind
-    index: int
-    generation: int = 0
-    process: Process | None = None
-    service: Any = None
-    task: asyncio.Task[None] | None = None
-    shutdown: asyncio.Event = field(default_factory=asyncio.Event)
-    busy: bool = False
-    """Whether a fault of this node is under way; one at a time."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.index}-{self.generation}"
-
-    @property
-    def alive(self) -> bool:
-        return self.process is not None and not self.process.dead and self.task is not None and not self.task.done()
-
-
 class World:
     """One run of a plan."""
 
@@ -220,12 +77,7 @@ class World:
             ("gateway", plan.gateways),
         ]
         self.nodes = [Node(kind, index) for kind, count in counts for index in range(count)]
-        self._checkpoint: Any = SimpleNamespace(
-            config=make_config(plan.moe_layers), deployment=lambda _name: DEPLOYMENT
-        )
         self._by_process: dict[Process, Node] = {}
-        self._disturbed_until = 0.0
-        """Until when the last fault but those that are looked at lasts."""
         self._resumed: dict[str, float] = {}
         """By request: when it last went on with another router."""
         self.server.under_way = self._under_way
@@ -266,7 +118,7 @@ class World:
 
     def run(self) -> Report:
         self.loop.set_exception_handler(self._on_exception)
-        with self._patches(), simulated_time(self.loop):
+        with self._stand_ins(), simulated_time(self.loop):
             try:
                 self.loop.run_until_complete(self._main())
             except RuntimeError as error:  # the loop's own: a deadlock
@@ -288,42 +140,21 @@ class World:
         return self.report
 
     @contextlib.contextmanager
-    def _patches(self) -> Iterator[None]:
-        connection = type("WorldConnection", (SimulatedConnection,), {"server": self.server})
+    def _stand_ins(self) -> Iterator[None]:
         SimulatedEngine.violate = self.violate
         SimulatedEngine.engines = []
         SimulatedEngine.calls = Counter()
         SimulatedEngine.check = self._check_budgets
         SimulatedModel.blocks = self.plan.blocks
-        logs = structlog.get_config()
-        state = random.getstate()
+        logs, state = structlog.get_config(), random.getstate()
         random.seed(self.plan.seed)
         structlog.configure(processors=[self._log], cache_logger_on_first_use=False)
-        with contextlib.ExitStack() as stack:
-            for module, name, value in (
-                (bus_module, "Connection", connection),
-                (status_module, "psutil", SimpleNamespace(Process=NoProcess)),
-                (discovery_module, "answer", _nothing),
-                (router_module, "Compute", SimulatedCompute),
-                (router_module, "choose_model", lambda *_: SimulatedModel),
-                (router_module, "DenseModel", SimulatedModel),
-                (router_module, "Engine", SimulatedEngine),
-                (router_module, "serve_metrics", _no_metrics),
-                (router_module, "base_status", base_status),
-                (engine_module, "forward", simulated_forward),
-                (expert_module, "Compute", SimulatedCompute),
-                (expert_module, "ExpertBank", SimulatedBank),
-                (expert_module, "choose_options", lambda *_: None),
-                (expert_module, "serve_metrics", _no_metrics),
-                (expert_module, "base_status", base_status),
-                (expert_module, "give_back_memory", lambda: None),
-            ):
-                stack.enter_context(mock.patch.object(module, name, value))
-            try:
+        try:
+            with stand_ins(self.server):
                 yield
-            finally:
-                structlog.configure(**logs)
-                random.setstate(state)
+        finally:
+            structlog.configure(**logs)
+            random.setstate(state)
 
     async def _main(self) -> None:
         try:
@@ -377,7 +208,8 @@ class World:
 
     async def _run(self, node: Node) -> None:
         try:
-            await self._serve(node)
+            node.service = make_service(node.kind, node.name, self.plan)
+            await node.service.run(node.shutdown)
         except MoeError as error:
             # Its supervisor starts it again, as it does with one that crashed.
             self.say(f"{node.name} gives up: {error.message}")
@@ -392,27 +224,6 @@ class World:
             gave_up.dead = True
             node.generation += 1
             self._start(node)
-
-    async def _serve(self, node: Node) -> None:
-        plan, instance = self.plan, {"instance": node.name}
-        update: dict[str, Any]
-        if node.kind == "gateway":
-            update = {"max_concurrent_requests": plan.max_concurrent}
-            node.service = Gateway(_settings(GatewaySettings).model_copy(update=instance | update))
-        elif node.kind == "router":
-            update = {
-                "expert_shards": plan.shards,
-                "batch_size": plan.batch_size,
-                "prefill_chunk_tokens": plan.prefill_chunk_tokens,
-                "kv_cache_mb": 1,
-                "kv_block_tokens": plan.block_tokens,
-                "degraded_mode": plan.degraded_mode,
-            }
-            node.service = Router(_settings(RouterSettings).model_copy(update=instance | update), self._checkpoint)
-        else:
-            update = {"expert_shards": plan.shards, "workers": plan.workers}
-            node.service = Worker(_settings(ExpertSettings).model_copy(update=instance | update), self._checkpoint)
-        await node.service.run(node.shutdown)
 
     def _ready(self) -> bool:
         routers = [n for n in self.nodes if n.kind == "router" and n.alive]
@@ -666,24 +477,8 @@ class World:
             self.violate(f"{node.name} leaves tasks: {[t.get_name() for t in node.process.tasks]}")
 
 
-@functools.cache
-def _settings(kind: type[S]) -> S:
-    """The defaults, whatever this machine's environment says; making them anew for each process takes long."""
-    with mock.patch.dict(os.environ, clear=True):
-        values: dict[str, Any] = {"model": Path("/simulated"), "grace_seconds": GRACE_SECONDS}
-        return kind(**values)
-
-
 def _open(service: Any) -> bool:
     return bool(service.ready and not service.draining)
-
-
-async def _nothing(_bus: Bus) -> None:
-    return
-
-
-def _no_metrics(_settings: object, _is_ready: object) -> tuple[str, Callable[[], None]]:
-    return "host:0", lambda: None
 
 
 def simulate(seed: int, *, trace: bool = False) -> Report:
