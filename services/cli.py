@@ -73,6 +73,31 @@ def status(nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://1
 
 
 @app.command()
+def audit(
+    last: Annotated[int, typer.Option(min=1, max=100_000, help="So many of the newest records.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is kept, as JSON.")] = False,
+    nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://127.0.0.1:4222",
+) -> None:
+    """Show what the monitor keeps: who serves which shard, and what happened when, by whom and why.
+
+    Example: openmoe audit --last 100 --json
+    """
+    from rich.console import Console
+
+    from services import audit_table
+
+    try:
+        kept = asyncio.run(audit_table.read(nats_url, last))
+    except StartError as error:
+        refuse(error)
+    if as_json:
+        typer.echo(audit_table.as_json(kept))
+    else:
+        for table in audit_table.tables(kept):
+            Console(markup=False).print(table)
+
+
+@app.command()
 def smoke(
     url: Annotated[str, typer.Argument(help="A running gateway.")] = "http://127.0.0.1:8000",
     api_key: Annotated[str | None, typer.Option(envvar="API_AUTH_TOKEN", help="Bearer token.")] = None,

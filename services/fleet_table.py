@@ -35,6 +35,7 @@ async def fleet_table(nats_url: str) -> Table:
     for s in fleet.live():
         shards = ",".join(str(shard) for shard in s.shards)
         memory = f"{s.memory_bytes / 2**20:.0f} MB"
-        row = (s.service, s.instance, s.state, shards, str(s.running), str(s.waiting), str(s.tokens_total), memory)
+        state = f"{s.state}, without state" if s.service == "monitor" and not s.state_stored else s.state
+        row = (s.service, s.instance, state, shards, str(s.running), str(s.waiting), str(s.tokens_total), memory)
         table.add_row(*row)
     return table

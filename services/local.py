@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import fcntl
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -303,6 +304,30 @@ async def kept(stack: Stack, announce: Coroutine[Any, Any, None]) -> AsyncIterat
         await asyncio.gather(*keepers, announcing, return_exceptions=True)
 
 
+@contextlib.contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """Make `folder`, and let no other `openmoe up` use it meanwhile.
+
+    Raises:
+        StartError: it cannot be made, or another one uses it: two nats-servers would write into the same files.
+
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartError(f"--data-dir {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise StartError(f"--data-dir {folder}: another `openmoe up` uses it") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 async def up(plan: Plan) -> None:
     """Run the stack until SIGINT or SIGTERM.
 
@@ -312,9 +337,12 @@ async def up(plan: Plan) -> None:
     """
     shutdown = asyncio.Event()
     loop = asyncio.get_running_loop()
-    with tempfile.TemporaryDirectory(prefix="openmoe-", ignore_cleanup_errors=True) as temporary:
-        folder = plan.data_dir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as folders:
+        folder = plan.data_dir
+        if folder is None:
+            temporary = tempfile.TemporaryDirectory(prefix="openmoe-", ignore_cleanup_errors=True)
+            folder = Path(folders.enter_context(temporary))
+        folders.enter_context(_owned(folder))
         stack = Stack(plan, folder)
 
         def on_signal() -> None:

@@ -61,12 +61,15 @@ async def answers_as(port: int, name: str) -> bool:
 
 
 def write_config(folder: Path, port: int, name: str = "openmoe") -> Path:
-    """Write nats-server's configuration into `folder` and return its path."""
+    """Write nats-server's configuration into `folder` and return its path.
+
+    JetStream acknowledges what is on the disk, not in its cache: docs/decisions/0015-state.md.
+    """
     path = folder / "nats.conf"
     store = folder / "jetstream"
     path.write_text(
         f'server_name: "{name}"\nlisten: "127.0.0.1:{port}"\nmax_payload: {MAX_PAYLOAD}\nwrite_deadline: "10s"\n'
-        f'jetstream {{ store_dir: "{store}" }}\n',
+        f'jetstream {{\n  store_dir: "{store}"\n  sync_interval: always\n}}\n',
         encoding="utf-8",
     )
     return path

@@ -1,4 +1,6 @@
-"""The connection to NATS: requests with deadlines, streamed replies, and bounded serving. Nothing else touches nats-py.
+"""The connection to NATS: requests with deadlines, streamed replies, and bounded serving.
+
+Nothing else touches nats-py but shared/jetstream.py, which keeps things over the same connection.
 
 What nats-py does not do by itself and this module does (all measured, see docs/decisions/): fail requests at once when
 the connection breaks, never buffer stale requests while reconnecting, keep callbacks short, bound every queue.
@@ -22,6 +24,7 @@ import nats.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.js import JetStreamContext
 
 from shared import subjects
 from shared.errors import HTTP_STATUS, MoeError
@@ -188,6 +191,7 @@ class Bus:
                 await client.connect(
                     url,
                     name=f"{service}.{instance}",
+                    inbox_prefix=subjects.inbox_prefix(service, instance),  # of what nats-py asks by itself
                     error_cb=on_error,
                     disconnected_cb=on_disconnect,
                     reconnected_cb=on_reconnect,
@@ -227,6 +231,10 @@ class Bus:
     def connection(self) -> int | None:
         """The number of this connection to NATS, another one after each reconnect; None while there is none."""
         return int(self._client.stats["reconnects"]) if self.connected else None
+
+    def jetstream(self, seconds: float) -> JetStreamContext:
+        """nats-py's JetStream client on this connection, each of its calls bounded; for shared/jetstream.py."""
+        return self._client.jetstream(timeout=seconds)
 
     @property
     def waiting(self) -> int:

@@ -147,3 +147,4 @@ INSTANCES = Gauge("moe_instances", "live instances", ["service", "state"], regis
 SHARD_REPLICAS = Gauge("moe_shard_replicas", "ready workers of a shard", ["deployment", "shard"], registry=REGISTRY)
 SHARDS_MISSING = Gauge("moe_shards_missing", "shards that no ready worker serves", ["deployment"], registry=REGISTRY)
 EVENTS = Counter("moe_events_total", "events published", ["kind"], registry=REGISTRY)
+STATE_STORED = Gauge("moe_state_stored", "1: the monitor's state is in JetStream, 0: it is not", registry=REGISTRY)

@@ -175,6 +175,7 @@ def header_block(headers: dict[str, str] | None) -> bytes:
     """Headers as the server takes them; a line break in a value, which would begin another header, becomes a space."""
     if not headers:
         return b""
-    lines = (f"{name}: {value.strip()}" for name, value in headers.items())
+    # strip() also makes a string of nats-py's own names, an enumeration whose members are formatted as something else.
+    lines = (f"{name.strip()}: {value.strip()}" for name, value in headers.items())
     text = "\n".join(line.replace("\r", " ").replace("\n", " ") for line in lines).replace("\n", "\r\n")
     return f"NATS/1.0\r\n{text}\r\n\r\n".encode()

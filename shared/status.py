@@ -71,6 +71,8 @@ class Status(wire.Message, frozen=True, kw_only=True):
     memory_bytes: Count = 0
     expert_tokens: Annotated[tuple[tuple[Count, ...], ...], msgspec.Meta(max_length=MAX_LAYERS)] = ()
     """Routers: tokens sent to each expert since the start, [MoE layers][experts]."""
+    state_stored: bool = False
+    """Monitors: whether their state is kept in JetStream now."""
 
 
 class StatusReporter:

@@ -9,6 +9,8 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
 STATUS_ALL = "moe.status.>"
 ROUTER_QUEUE = "router"
 KINDS = ("generate", "forward", "experts", "worker", "control")
+EVENT_KINDS = ("alert", "rollout", "scaling")
+"""Of `moe.events.<kind>`; `audit` is not among them, as no subject may be in two streams."""
 
 
 def token(value: str) -> str:
@@ -90,6 +92,9 @@ def kind(subject: str) -> str:
     parts = subject.split(".")
     found = "control" if parts[1:2] == ["control"] else parts[2] if len(parts) > 2 else ""
     return found if parts[0] == "moe" and found in KINDS else "other"
+
+
+AUDIT = event("audit")
 
 
 def inbox_prefix(service: str, instance: str) -> str:

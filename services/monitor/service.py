@@ -9,6 +9,7 @@ import msgspec
 import structlog
 
 from services.monitor.findings import Finding, findings, shards_missing
+from services.monitor.keeper import Keeper
 from services.monitor.messages import Event
 from shared import subjects, wire
 from shared.bus import Bus
@@ -16,7 +17,7 @@ from shared.errors import MoeError
 from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS, SHARDS_MISSING
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import MonitorSettings
-from shared.status import Fleet, Status, StatusReporter
+from shared.status import Fleet, State, Status, StatusReporter
 
 log = structlog.get_logger()
 
@@ -72,6 +73,13 @@ class Monitor:
             log.warning("alert.unpublished", reason=error.message)
 
 
+async def _watch(monitor: Monitor, keeper: Keeper, bus: Bus) -> None:
+    """Tell what is wrong and keep what was seen, neither waiting for the other."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(monitor.run(bus), name="alerts")
+        group.create_task(keeper.run(), name="state")
+
+
 async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
     """Run the monitor until `shutdown`.
 
@@ -84,16 +92,23 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
     address, stop_metrics = serve_metrics(settings, lambda: bus is not None and bus.connected)
     base = base_status(settings, "monitor", instance, address)
     reporter: StatusReporter | None = None
+    keeper: Keeper | None = None
+    state: State = "ready"
 
     def status() -> Status:
         cpu, memory = reporter.usage() if reporter else (0.0, 0)
-        return msgspec.structs.replace(base, state="ready", cpu=cpu, memory_bytes=memory)
+        stored = keeper is not None and keeper.stored
+        return msgspec.structs.replace(base, state=state, cpu=cpu, memory_bytes=memory, state_stored=stored)
 
     try:
         async with service_context(settings, "monitor", instance, status) as service:
             reporter, bus = service.reporter, service.bus
             fleet = Fleet(settings.stale_seconds)
+            keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
-            await until(shutdown, Monitor(fleet).run(service.bus))
+            await until(shutdown, _watch(Monitor(fleet), keeper, service.bus))
+            state = "draining"
+            await reporter.publish()
+            await keeper.leave()
     finally:
         stop_metrics()
