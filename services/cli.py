@@ -30,7 +30,13 @@ def up(
     experts: Annotated[int, typer.Option(envvar="WORKERS", min=1, max=1024, help="Expert workers.")] = 2,
     routers: Annotated[int, typer.Option(min=1, max=64, help="Routers.")] = 1,
     shards: Annotated[int | None, typer.Option(envvar="EXPERT_SHARDS", min=1, help="Default: one per worker.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(envvar="DATA_DIR", help="Keep NATS' data here.")] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DATA_DIR",
+            help="Keep placement epochs and audit records here, across restarts. Default: a temporary folder.",
+        ),
+    ] = None,
 ) -> None:
     """Start everything on this machine: nats-server, gateway, router, expert workers, monitor.
 

@@ -9,7 +9,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
 STATUS_ALL = "moe.status.>"
 ROUTER_QUEUE = "router"
 KINDS = ("generate", "forward", "experts", "worker", "control")
-EVENT_KINDS = ("alert", "rollout", "scaling")
+EVENT_KINDS = ("alert", "rollout", "scaling", "takeover")
 """Of `moe.events.<kind>`; `audit` is not among them, as no subject may be in two streams."""
 
 

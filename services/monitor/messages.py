@@ -86,7 +86,7 @@ class OpenAlert(msgspec.Struct, frozen=True, kw_only=True):
 class Roster(Message, frozen=True, kw_only=True):
     """`roster` in the bucket moe-state: who is there, and what is wrong."""
 
-    members: tuple[Member, ...] = ()
-    alerts: tuple[OpenAlert, ...] = ()
+    members: tuple[Member, ...]
+    alerts: tuple[OpenAlert, ...]
     unwritten: tuple[AuditRecord, ...] = ()
     """Records of the last change that may not be in the stream yet."""

@@ -115,7 +115,7 @@ def roster_after(before: Roster | None, look: Look, *, damaged: bool = False) ->
         damaged: whether `before` is None because it could not be read: then nobody is said to have come.
 
     """
-    old = before or Roster()
+    old = before or Roster(members=(), alerts=())
     members = tuple(
         Member(service=s.service, instance=s.instance, draining=s.state == "draining")
         for s in sorted(look.live, key=lambda s: (s.service, s.instance))

@@ -109,6 +109,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ExpertsRequest": {"v": 1},
     "ExpertsReply": {"v": 1},
     "Event": {"v": 1},
+    "AuditRecord": {"v": 1},
+    "Deployment": {"v": 1},
+    "Placement": {"v": 1, "unwritten": []},
+    "Roster": {"v": 1, "unwritten": []},
     "Status": {
         "v": 1,
         "deployment": "",
@@ -134,7 +138,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "cpu": 0.0,
         "memory_bytes": 0,
         "expert_tokens": [],
+        "state_stored": False,
     },
+}
+
+RECORD = {
+    "id": "1767225600.500000-monitor-1-placement_changed-demo-3f2a91bc",
+    "time": 1767225600.5,
+    "actor": "monitor-1",
+    "action": "placement_changed",
+    "subject": "demo-3f2a91bc",
+    "text": "epoch 3: expert-2 serves 0, 1",
 }
 
 # type -> the message with its required fields only
@@ -165,6 +179,24 @@ MINIMAL: dict[str, dict[str, Any]] = {
         "subject": "expert-1",
         "text": "expert expert-1 has fallen silent",
         "time": 1767225600.5,
+    },
+    "AuditRecord": RECORD,
+    "Deployment": {
+        "model": "demo",
+        "fingerprint": "3f2a91bc",
+        "num_shards": 2,
+        "first_seen": 1767225600.5,
+        "last_seen": 1767229200.5,
+    },
+    "Placement": {
+        "epoch": 3,
+        "shards": [[0, ["expert-1", "expert-2"]], [1, ["expert-2"]]],
+        "time": 1767225600.5,
+        "reason": "expert-2 serves 0, 1",
+    },
+    "Roster": {
+        "members": [{"service": "router", "instance": "router-1", "draining": False}],
+        "alerts": [{"kind": "shard_without_replica", "subject": "demo-3f2a91bc/1"}],
     },
 }
 
@@ -327,7 +359,28 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
             "shards": [0, 1],
         },
     ),
+    (
+        "status: a monitor that keeps its state",
+        "Status",
+        {"v": 1, "service": "monitor", "instance": "monitor-1", "state": "ready", "state_stored": True},
+    ),
     ("event: a worker fell silent", "Event", {"v": 1, **MINIMAL["Event"]}),
+    ("audit: a placement changed", "AuditRecord", {"v": 1, **RECORD}),
+    ("deployment: seen for an hour", "Deployment", {"v": 1, **MINIMAL["Deployment"]}),
+    ("placement: every field", "Placement", {"v": 1, **MINIMAL["Placement"], "unwritten": [{"v": 1, **RECORD}]}),
+    (
+        "roster: every field",
+        "Roster",
+        {
+            "v": 1,
+            "members": [
+                {"service": "expert", "instance": "expert-1", "draining": True},
+                {"service": "router", "instance": "router-1", "draining": False},
+            ],
+            "alerts": [{"kind": "shard_without_replica", "subject": "demo-3f2a91bc/1"}],
+            "unwritten": [{"v": 1, **RECORD}],
+        },
+    ),
 ]
 
 
@@ -510,6 +563,15 @@ def hostile_values() -> list[tuple[str, str, dict[str, Any]]]:
         ("Status", "started as a timestamp", {"started": msgpack.Timestamp(1)}),
         ("Status", "expert_tokens without rows", {"expert_tokens": [1, 2]}),
         ("Event", "the time as text", {"time": "2026-01-01T00:00:00Z"}),
+        ("AuditRecord", "the time as text", {"time": "2026-01-01T00:00:00Z"}),
+        ("Deployment", "a negative number of shards", {"num_shards": -1}),
+        ("Placement", "an epoch of 0", {"epoch": 0}),
+        ("Placement", "an epoch as a float", {"epoch": 1.0}),
+        ("Placement", "a negative shard", {"shards": [[-1, ["expert-1"]]]}),
+        ("Placement", "a shard without workers", {"shards": [[0]]}),
+        ("Placement", "shards as a map", {"shards": {"0": ["expert-1"]}}),
+        ("Roster", "a member without a service", {"members": [{"instance": "expert-1"}]}),
+        ("Roster", "alerts as text", {"alerts": "none"}),
     ]
     return [("GenerateRequest", name, change) for name, change in generate] + others
 
