@@ -28,19 +28,24 @@ HTTP_STATUS: dict[str, int] = {
     "internal_error": 500,
 }
 
-RETRY_AFTER_SECONDS = 1
+RETRY_AFTER_SECONDS = 1, 60
+"""The least and the most that a client is told."""
 
 
 class MoeError(Exception):
-    """Something a client may be told: a code of `HTTP_STATUS`, a sentence, and the parameter concerned, if any."""
+    """Something a client may be told: a code of `HTTP_STATUS`, a sentence, and the parameter concerned, if any.
 
-    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+    `retry_after_seconds` is when the same request may succeed, where that is known; it does not travel on the bus.
+    """
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after_seconds: float = 0) -> None:
         super().__init__(message)
         if code not in HTTP_STATUS:
             code, message = "internal_error", f"{code}: {message}"
         self.code = code
         self.message = message
         self.param = param
+        self.retry_after_seconds = retry_after_seconds
 
     @property
     def status(self) -> int:

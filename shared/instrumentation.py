@@ -68,6 +68,15 @@ REQUESTS_WAITING = Gauge("moe_num_requests_waiting", "generations in line", ["mo
 REQUEST_SUCCESS = Counter(
     "moe_request_success_total", "finished generations", ["model_name", "finished_reason"], registry=REGISTRY
 )
+ADMISSION_TIME = Histogram(
+    "moe_admission_queue_time_seconds",
+    "in the gateway's line, of those who got a place",
+    buckets=_LATENCY,
+    registry=REGISTRY,
+)
+SLOW_READERS = Counter(
+    "moe_slow_readers_cut_total", "connections cut, as their readers took nothing any more", registry=REGISTRY
+)
 REJECTIONS = Counter("moe_rejections_total", "requests refused, by error code", ["code"], registry=REGISTRY)
 PROMPT_TOKENS = Counter("moe_prompt_tokens_total", "prompt tokens", ["model_name"], registry=REGISTRY)
 GENERATION_TOKENS = Counter("moe_generation_tokens_total", "generated tokens", ["model_name"], registry=REGISTRY)

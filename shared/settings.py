@@ -80,6 +80,12 @@ class GatewaySettings(ServiceSettings):
     api_auth_token: str | None = Field(None, min_length=8, description="bearer token that clients must send")
     max_concurrent_requests: int = Field(64, ge=1, le=65536, description="generations in flight; more wait in line")
     max_queued_requests: int = Field(1024, ge=0, le=1_000_000, description="generations in line; more get HTTP 429")
+    max_queue_seconds: float = Field(
+        5,
+        gt=0,
+        le=3600,
+        description="longest expected wait in line; a tenth of it in overload that lasts so long; else HTTP 429",
+    )
     forward_batch_rows: int = Field(
         256, ge=1, le=65536, description="rows of small /v1/moe/forward requests that travel together"
     )

@@ -173,14 +173,18 @@ class Context:
         """All generations of one HTTP request, merged as they come; leaving early cancels them.
 
         Raises:
-            MoeError: the first that any of them meets.
+            MoeError: `overloaded`, before any of them begins; else the first that any of them meets.
 
         """
+        # All in one step: who has a turn in line is counted by those who come after.
+        places = self.admission.join(len(requests))
         merged: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(MERGE_QUEUE_PIECES)
 
         async def read(index: int) -> None:
             try:
-                async with contextlib.aclosing(self.generator.generate(requests[index], stops)) as pieces:
+                async with contextlib.aclosing(
+                    self.generator.generate(requests[index], stops, places[index])
+                ) as pieces:
                     async for piece in pieces:
                         await merged.put((index, piece))
                 await merged.put(None)
@@ -202,6 +206,8 @@ class Context:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            for place in places:  # a task that was cancelled before it began has not
+                place.leave()
 
 
 async def parse(request: Request, kind: type[B]) -> B:

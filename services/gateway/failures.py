@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import structlog
@@ -28,7 +29,10 @@ def error_body(error: MoeError) -> dict[str, Any]:
 def error_headers(error: MoeError) -> dict[str, str]:
     if error.status == 401:
         return {"WWW-Authenticate": "Bearer"}
-    return {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.retryable else {}
+    if not error.retryable:
+        return {}
+    least, most = RETRY_AFTER_SECONDS
+    return {"Retry-After": str(math.ceil(min(max(error.retry_after_seconds, least), most)))}
 
 
 def error_response(error: MoeError) -> JSONResponse:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from services.gateway.admission import Admission
+from services.gateway.admission import Admission, Place
 from services.gateway.answers import Answers
 from services.gateway.liveness import Liveness, Watched
 from services.gateway.progress import Progress
@@ -147,8 +147,12 @@ class Generator:
         self._timeout_seconds = timeout_seconds
         self._farewells: set[asyncio.Task[None]] = set()
 
-    async def generate(self, request: GenerateRequest, stops: list[str]) -> AsyncGenerator[Piece, None]:
+    async def generate(
+        self, request: GenerateRequest, stops: list[str], place: Place | None = None
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces of one generation, the last with its finish reason; leaving early cancels it.
+
+        It waits for `place`, or joins the line if it is given none.
 
         Raises:
             MoeError: no place, no router, no answer in time, or what the router says.
@@ -157,7 +161,7 @@ class Generator:
         arrival = time.monotonic()
         try:
             async with (
-                self._admission.slot(),
+                self._admission.slot() if place is None else place,
                 contextlib.aclosing(self._pieces(request, stops, arrival)) as pieces,
             ):
                 async for piece in pieces:

@@ -23,6 +23,8 @@ from shared.settings import MIB
 
 log = structlog.get_logger()
 
+MAX_BODIES = 8
+"""So many bodies of the largest size may be in memory at once, or as many smaller ones as that makes."""
 OPEN_PATHS = {"/health"}
 ALWAYS = {"/health", "/live", "/metrics", "/version", "/load", "/performance-report"}
 
@@ -62,6 +64,7 @@ class Gatekeeper:
         self._ids = itertools.count(secrets.randbits(60))
         self._metrics: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self._max_body = context.settings.max_body_mb * MIB
+        self._body_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,9 +84,13 @@ class Gatekeeper:
             nonlocal received
             message = await receive()
             if message["type"] == "http.request":
-                received += len(message.get("body", b""))
+                length = len(message.get("body", b""))
+                received += length
+                self._body_bytes += length
                 if received > self._max_body:
                     raise self._too_large()
+                if self._body_bytes > MAX_BODIES * self._max_body:
+                    raise MoeError("overloaded", "too many large requests are under way; try again in a moment")
             return message
 
         async def watched_send(message: Message) -> None:
@@ -107,6 +114,7 @@ class Gatekeeper:
             await error_response(error)(scope, receive, watched_send)
         finally:
             self._context.open_requests -= 1
+            self._body_bytes -= received
             seconds = time.perf_counter() - start
             self._observe(path, scope["method"], status, seconds)
             quiet = path in ALWAYS or (endpoint is not None and status < 400)

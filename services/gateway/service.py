@@ -18,6 +18,7 @@ from services.gateway.context import Context
 from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
 from services.gateway.operations import health
+from services.gateway.slow_readers import impatient_protocol
 from services.gateway.text import TextTokenizer
 from shared.checkpoint import Checkpoint
 from shared.errors import StartError
@@ -92,7 +93,12 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         routers = Replicas("router", deployment)
         fleet = Fleet(tell=routers.observe)
         await fleet.watch(service.bus)
-        admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
+        admission = Admission(
+            settings.max_concurrent_requests,
+            settings.max_queued_requests,
+            settings.timeout_seconds,
+            settings.max_queue_seconds,
+        )
         observations = Observations(settings.model_name)
         answers = Answers.open(settings, deployment)
         stack.push_async_callback(answers.close)
@@ -117,7 +123,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         )
         config = uvicorn.Config(
             build_app(context),
-            http="httptools",
+            http=impatient_protocol(settings.timeout_seconds),
             loop="none",
             lifespan="off",
             access_log=False,

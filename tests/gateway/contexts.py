@@ -23,7 +23,12 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
     checkpoint = Checkpoint.open(settings.model)
     deployment = checkpoint.deployment(settings.model_name)
     tokenizer = TextTokenizer.open(settings.model)
-    admission = Admission(settings.max_concurrent_requests, settings.max_queued_requests, settings.timeout_seconds)
+    admission = Admission(
+        settings.max_concurrent_requests,
+        settings.max_queued_requests,
+        settings.timeout_seconds,
+        settings.max_queue_seconds,
+    )
     observations = Observations(settings.model_name)
     answers = Answers.open(settings, deployment)
     routers = Replicas("router", deployment)

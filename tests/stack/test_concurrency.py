@@ -47,6 +47,7 @@ async def crowded(tmp_path_factory: pytest.TempPathFactory, nats_url: str) -> As
         MAX_CONCURRENT_REQUESTS="64",
         KV_CACHE_MB=str(KV_CACHE_MB),
         TIMEOUT_SECONDS="120",
+        MAX_QUEUE_SECONDS="120",
         LOG_LEVEL="WARNING",
     ) as stack:
         yield Crowded(stack, path, await deployment_of(stack))
