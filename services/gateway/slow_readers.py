@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import struct
+import sys
 from typing import Any
 
 import structlog
@@ -10,7 +12,24 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shared.instrumentation import SLOW_READERS
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 log = structlog.get_logger()
+
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    """Bytes that the other side has not taken: those that wait before the socket, and, on Linux, in the kernel.
+
+    The kernel takes none of the former until a third of its own buffer, which may be megabytes, is empty; without
+    looking into it (SIOCOUTQ, tcp(7)) a steady but slow reader would seem to take nothing for long.
+    """
+    waiting = transport.get_write_buffer_size()
+    if sys.platform == "linux" and not transport.is_closing():
+        queued = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, struct.pack("i", 0))
+        waiting += int(struct.unpack("i", queued)[0])
+    return waiting
 
 
 def impatient_protocol(seconds: float) -> type[HttpToolsProtocol]:
@@ -40,8 +59,7 @@ def impatient_protocol(seconds: float) -> type[HttpToolsProtocol]:
 
         def _look_again(self) -> None:
             self._stop_looking()
-            unsent = self.transport.get_write_buffer_size()
-            self._watch = self.loop.call_later(seconds, self._look, unsent)
+            self._watch = self.loop.call_later(seconds, self._look, unsent_bytes(self.transport))
 
         def _stop_looking(self) -> None:
             if self._watch is not None:
@@ -49,7 +67,7 @@ def impatient_protocol(seconds: float) -> type[HttpToolsProtocol]:
                 self._watch = None
 
         def _look(self, unsent_before: int) -> None:
-            if self.transport.get_write_buffer_size() < unsent_before:
+            if unsent_bytes(self.transport) < unsent_before:
                 self._look_again()
                 return
             SLOW_READERS.inc()

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.gateway.admission import Admission
+from services.gateway.failures import error_headers
 from shared.errors import MoeError
 from tests.running import wait_until
 
@@ -237,3 +238,47 @@ async def test_many_waits_that_end_by_timeout_lose_no_place() -> None:
     assert {type(error) for error in errors(visitors)} == {MoeError}
     await finish(visitors)
     assert admission.running == 0
+
+
+async def test_a_request_joins_with_all_its_generations_or_not_at_all() -> None:
+    admission = Admission(1, 2, 60)
+    first = admission.join(3)
+    assert (admission.running, admission.waiting) == (1, 2)
+    with pytest.raises(MoeError):
+        admission.join(1)
+    assert (admission.running, admission.waiting) == (1, 2)
+    for place in reversed(first):
+        place.leave()
+        place.leave()
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+async def test_whoever_would_wait_for_too_long_is_refused_at_once_and_told_when_to_come_back() -> None:
+    admission, entered = Admission(1, 1000, 60, max_queue_seconds=0.1), list[Visitor]()
+    inside = Visitor(admission, entered)
+    await asyncio.sleep(0.2)  # nobody has left for so long
+    with pytest.raises(MoeError, match="are waiting, for about") as caught:
+        admission.check(1)
+    assert caught.value.code == "overloaded"
+    assert caught.value.retry_after_seconds > 0.1
+    assert int(error_headers(caught.value)["Retry-After"]) >= 1
+    await finish([inside])
+    admission.check(1)
+
+
+async def test_a_request_of_many_generations_does_not_wait_for_itself() -> None:
+    admission, entered = Admission(1, 1000, 60, max_queue_seconds=0.1), list[Visitor]()
+    for _ in range(3):  # what one place takes is known by now, and it is too much for a line of ten
+        visitor = Visitor(admission, entered)
+        await asyncio.sleep(0.05)
+        await finish([visitor])
+    for place in admission.join(10):
+        place.leave()
+    assert (admission.running, admission.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, "1"), (0.4, "1"), (3.01, "4"), (1e9, "60"), (float("inf"), "60")])
+def test_retry_after_is_whole_seconds(seconds: float, said: str) -> None:
+    error = MoeError("overloaded", "full", retry_after_seconds=seconds)
+    assert error_headers(error) == {"Retry-After": said}
+    assert not error_headers(MoeError("invalid_request", "wrong", retry_after_seconds=seconds))

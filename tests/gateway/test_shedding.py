@@ -77,10 +77,15 @@ def exponential(mean: float, seed: int) -> Callable[[], float]:
     return lambda: draw.expovariate(1 / mean)
 
 
-STAYS = {
+def short_or_long(seed: int) -> Callable[[], float]:
+    draw = random.Random(seed)
+    return lambda: 0.2 if draw.random() < 0.8 else 4.2
+
+
+STAYS: dict[str, Callable[[int], Callable[[], float]]] = {
     "exponential": lambda seed: exponential(1.0, seed),
     "always the same": lambda _seed: lambda: 1.0,
-    "short or long": lambda seed: (draw := random.Random(seed)) and (lambda: 0.2 if draw.random() < 0.8 else 4.2),
+    "short or long": short_or_long,
 }
 
 
