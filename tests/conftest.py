@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, settings
 
+from services.nats_server import free_port
+from tests.real_redis import RealRedis
 from tests.running import Stack, Watcher, running_nats, running_stack, wait_until, watching
 
 TIDY_SECONDS = 5.0
@@ -45,6 +48,17 @@ async def stack(tmp_path_factory: pytest.TempPathFactory, nats_url: str) -> Asyn
     """The demo model, served by real processes on the tests' nats-server."""
     async with running_stack(tmp_path_factory.mktemp("stack"), NATS_URL=nats_url) as running:
         yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def redis(tmp_path: Path) -> AsyncIterator[RealRedis]:
+    """A redis-server of the test's own."""
+    server = RealRedis(tmp_path, free_port())
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
 
 
 def _tasks() -> set[asyncio.Task[object]]:

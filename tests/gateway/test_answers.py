@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import shutil
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import pytest
-import pytest_asyncio
 from nats.aio.msg import Msg
 from redis.asyncio import Redis
 
@@ -20,48 +16,14 @@ from services.router.messages import GenerateChunk, GenerateRequest, Sampling, T
 from shared.errors import MoeError, StartError
 from shared.settings import GatewaySettings, load
 from tests.gateway.test_generation import Router, letters, saying, scripted
-from tests.running import Running, answers, start, wait_until
-
-needs_redis = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
+from tests.real_redis import RealRedis, needs_redis
+from tests.running import wait_until
 
 GREEDY = GenerateRequest(id="a", token_ids=[1, 2, 3], max_tokens=4, sampling=Sampling(temperature=0.0, seed=7))
 CHUNKS = [
     GenerateChunk(id="a", token_ids=[5], logprobs=[TokenLogprob(5, -0.25, 1, [(5, -0.25)])]),
     GenerateChunk(id="a", token_ids=[6, 7], finish_reason="stop", stop_token_id=7),
 ]
-
-
-async def start_redis(folder: Path, port: int) -> Running:
-    command = ("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder))
-    running = await start(folder, "redis", *command)
-    await wait_until(lambda: answers(port), "Redis to listen")
-    return running
-
-
-@dataclasses.dataclass
-class RealRedis:
-    """A redis-server that can be stopped and started again on its port."""
-
-    folder: Path
-    port: int
-    running: Running | None = None
-
-    async def start(self) -> None:
-        self.running = await start_redis(self.folder, self.port)
-
-    async def stop(self) -> None:
-        if self.running is not None:
-            await self.running.kill()
-
-
-@pytest_asyncio.fixture(loop_scope="session")
-async def redis(tmp_path: Path) -> AsyncIterator[RealRedis]:
-    server = RealRedis(tmp_path, free_port())
-    await server.start()
-    try:
-        yield server
-    finally:
-        await server.stop()
 
 
 @contextlib.asynccontextmanager
