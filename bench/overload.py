@@ -3,8 +3,8 @@
 Starts a stack and measures its capacity with as many streams as the gateway has places (closed loop). Then requests
 arrive at random (open loop): at 0.8 times the capacity, at `--times` it, and, `--pause` seconds later, at 0.8 times
 again. Prints a table: latencies (p50 / p95) of the accepted requests, counted from when they were due, how many were
-refused, how long it took to say so, and the most memory that the gateway and the router had. Exit code 1 if a request failed in any other way
-than by a refusal with HTTP 429 or 503.
+refused, how long it took to say so, and the most memory that the gateway and the router had. Exit code 1 if a request
+failed in any other way than by a refusal with HTTP 429 or 503.
 """
 
 from __future__ import annotations

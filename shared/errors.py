@@ -14,6 +14,8 @@ HTTP_STATUS: dict[str, int] = {
     "model_not_found": 404,
     "method_not_allowed": 405,
     "payload_too_large": 413,
+    "idempotency_mismatch": 422,
+    "idempotency_not_kept": 422,
     "bad_message": 400,
     "wrong_shard": 503,
     "overloaded": 429,

@@ -96,6 +96,12 @@ RESUMPTIONS = Counter(
 CACHE_LOOKUPS = Counter(
     "moe_cache_lookups_total", "answers looked up in the cache: hit, miss, unavailable", ["result"], registry=REGISTRY
 )
+IDEMPOTENT_REQUESTS = Counter(
+    "moe_idempotent_requests_total",
+    "requests with an Idempotency-Key: first, replayed, joined (the first still ran), mismatch (another request's key)",
+    ["result"],
+    registry=REGISTRY,
+)
 E2E_LATENCY = Histogram(
     "moe_e2e_request_latency_seconds", "arrival to last token", ["model_name"], buckets=_LATENCY, registry=REGISTRY
 )

@@ -97,6 +97,10 @@ class GatewaySettings(ServiceSettings):
     redis_url: str | None = Field(None, description="the Redis that keeps answers (default: none are kept)")
     enable_caching: bool = Field(True, description="with REDIS_URL: give known answers to repeated requests")
     cache_ttl_seconds: int = Field(3600, ge=1, le=31_536_000, description="how long an answer is kept")
+    idempotency_ttl_seconds: int = Field(
+        600, ge=1, le=604_800, description="how long the answer to a request with an Idempotency-Key is kept"
+    )
+    idempotency_cache_mb: int = Field(64, ge=1, le=65536, description="memory for such answers; the oldest go first")
 
     @field_validator("redis_url")
     @classmethod

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from services.gateway import chat, completions, failures, moe, operations
 from services.gateway.context import Context
+from services.gateway.idempotency import MAX_KEY_CHARACTERS
 from services.gateway.middleware import Gatekeeper
 from services.gateway.openai_types import (
     ChatRequest,
@@ -30,6 +31,14 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/moe/route": RouteBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+}
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARACTERS},
+    "description": "Your name for this request, such as a UUID. The same request with it, sent again after a broken "
+    "connection, gets the first one's answer instead of a second computation.",
 }
 
 
@@ -57,6 +66,8 @@ def build_app(context: Context) -> ASGIApp:
                 reference = {"$ref": template.format(model=model.__name__)}
                 body = {"required": True, "content": {"application/json": {"schema": reference}}}
                 schema["paths"][path]["post"]["requestBody"] = body
+                if path.startswith("/v1/"):
+                    schema["paths"][path]["post"].setdefault("parameters", []).append(IDEMPOTENCY_KEY)
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -19,6 +19,7 @@ from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations, Piece
+from services.gateway.idempotency import Idempotency
 from services.gateway.openai_types import GenerationParameters
 from services.gateway.text import TextTokenizer
 from services.router.messages import GenerateRequest, Sampling
@@ -49,9 +50,15 @@ class Context:
     answers: Answers
     generator: Generator
     forwards: Forwards
+    idempotency: Idempotency
     started: float = field(default_factory=time.time)
     draining: bool = False
-    open_requests: int = 0
+    open_connections: int = 0
+
+    @property
+    def open_requests(self) -> int:
+        """Requests with a connection, and those that are computed whether or not they still have one."""
+        return self.open_connections + self.idempotency.running
 
     @property
     def model_name(self) -> str:

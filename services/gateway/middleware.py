@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 import itertools
 import secrets
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.context import Context
 from services.gateway.failures import error_response
+from services.gateway.idempotency import HEADER as KEY
 from shared.errors import MoeError
 from shared.instrumentation import HTTP_REQUESTS, HTTP_SECONDS
 from shared.logs import request_id, safe_request_id
@@ -56,7 +58,7 @@ class Gatekeeper:
 
         """
         self._app = app
-        self._direct = direct
+        self._direct = {route: functools.partial(self._call, endpoint) for route, endpoint in direct.items()}
         self._context = context
         self._endpoints = endpoints
         self._token = context.settings.api_auth_token
@@ -76,7 +78,7 @@ class Gatekeeper:
         request_id.set(identifier)
         start = time.perf_counter()
         path = scope["path"] if scope["path"] in self._endpoints else "other"
-        endpoint = self._direct.get((scope["method"], path))
+        direct = self._direct.get((scope["method"], path))
         status = 500
         received = 0
 
@@ -100,36 +102,39 @@ class Gatekeeper:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", identifier.encode())]
             await send(message)
 
-        self._context.open_requests += 1
+        self._context.open_connections += 1
         try:
             self._admit(scope["path"], headers)
-            if endpoint is None:
-                await self._app(scope, counted_receive, watched_send)
+            app = direct or self._app
+            if KEY in headers and scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+                await self._context.idempotency.respond(app, scope, counted_receive, watched_send)
             else:
-                response = await self._answer(endpoint, Request(scope, counted_receive))
-                await response(scope, receive, watched_send)
+                await app(scope, counted_receive, watched_send)
         except ClientDisconnect:
             status = 499
         except MoeError as error:
             await error_response(error)(scope, receive, watched_send)
         finally:
-            self._context.open_requests -= 1
+            self._context.open_connections -= 1
             self._body_bytes -= received
             seconds = time.perf_counter() - start
             self._observe(path, scope["method"], status, seconds)
-            quiet = path in ALWAYS or (endpoint is not None and status < 400)
+            quiet = path in ALWAYS or (direct is not None and status < 400)
             say = log.debug if quiet else log.info
             say("http.request", method=scope["method"], path=scope["path"], status=status, seconds=round(seconds, 4))
 
-    async def _answer(self, endpoint: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
-        """What `endpoint` says; as the application has it, a neutral sentence for an error that nobody typed."""
+    async def _call(
+        self, endpoint: Callable[[Request], Awaitable[Response]], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Send what `endpoint` says; as the application has it, a neutral sentence for an error that nobody typed."""
         try:
-            return await endpoint(request)
+            response = await endpoint(Request(scope, receive))
         except (MoeError, ClientDisconnect):
             raise
         except Exception:
             log.exception("request.failed")
             raise MoeError("internal_error", "internal error; see the gateway's log") from None
+        await response(scope, receive, send)
 
     def _new_id(self) -> str:
         """32 hex digits that nobody else gives out: this gateway's own 16, and a count."""

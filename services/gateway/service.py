@@ -17,6 +17,7 @@ from services.gateway.app import build_app
 from services.gateway.context import Context
 from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
+from services.gateway.idempotency import Idempotency
 from services.gateway.operations import health
 from services.gateway.slow_readers import impatient_protocol
 from services.gateway.text import TextTokenizer
@@ -107,6 +108,8 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         )
         forwards = Forwards(service.bus, deployment, checkpoint.config, routers, settings)
         stack.push_async_callback(forwards.close)
+        idempotency = Idempotency.open(settings, deployment)
+        stack.push_async_callback(idempotency.close)
         context = Context(
             settings,
             checkpoint.config,
@@ -120,6 +123,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             answers,
             generator,
             forwards,
+            idempotency,
         )
         config = uvicorn.Config(
             build_app(context),
@@ -151,6 +155,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             log.warning("drain.cut_short", requests=context.open_requests)
+        await idempotency.close()  # what it still computes has no time left, and its readers would wait for it
         server.should_exit = True
         await task
         stop.cancel()

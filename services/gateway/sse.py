@@ -34,6 +34,11 @@ def event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def is_error_event(data: bytes) -> bool:
+    """Whether `data`, which `stream` sent, is the event of an error."""
+    return data.startswith(b'data: {"error":')
+
+
 def stream(events: AsyncIterator[dict[str, Any]], first: dict[str, Any] | None) -> StreamingResponse:
     """`events` as they come, then `[DONE]`; an error after the first event becomes an event of its own."""
 

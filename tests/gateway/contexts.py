@@ -9,6 +9,7 @@ from services.gateway.answers import Answers
 from services.gateway.context import Context
 from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
+from services.gateway.idempotency import Idempotency
 from services.gateway.text import TextTokenizer
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
@@ -48,4 +49,5 @@ def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
         answers,
         generator,
         Forwards(bus, deployment, checkpoint.config, routers, settings),
+        Idempotency.open(settings, deployment),
     )
