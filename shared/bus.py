@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import nats.errors
 import structlog
@@ -60,6 +60,11 @@ class NoRespondersError(MoeError):
     def __init__(self, subject: str) -> None:
         super().__init__("router_unavailable", f"no service listens on {subject}")
         self.subject = subject
+
+
+def as_it_is(_request: int, data: bytes) -> bytes:
+    """A reply that needs no reading."""
+    return data
 
 
 def raise_for_error(message: Msg) -> None:
@@ -274,14 +279,24 @@ class Bus:
         with self.exchange(1, headers) as exchange:
             exchange.send(0, subject, data)
             if await exchange.wait(until):
-                return exchange.answers[0]
+                return bytes(exchange.answers[0])
             for _, error in exchange.take_errors():
                 raise error
             raise MoeError("deadline_exceeded", f"no answer on {subject} within {timeout:.3g} s")
 
-    def exchange(self, count: int, headers: Headers | None = None) -> Exchange:
-        """`count` requests that are waited for together, each of which may be sent more than once."""
-        return Exchange(self, count, headers)
+    def exchange(
+        self, count: int, headers: Headers | None = None, read: Callable[[int, bytes], Any] = as_it_is
+    ) -> Exchange:
+        """`count` requests that are waited for together, each of which may be sent more than once.
+
+        Args:
+            count: how many.
+            headers: of every message.
+            read: makes of a request's number and its reply's data what `answers` holds; what it refuses with a
+                MoeError has failed, as if the service had said so. Runs in the read loop: it must be quick.
+
+        """
+        return Exchange(self, count, headers, read)
 
     def open_stream(self) -> ReplyStream:
         """An inbox for the many replies of one request; use it as a context manager."""
@@ -460,15 +475,16 @@ class Exchange:
     server unchecked.
     """
 
-    def __init__(self, bus: Bus, count: int, headers: Headers | None) -> None:
+    def __init__(self, bus: Bus, count: int, headers: Headers | None, read: Callable[[int, bytes], Any]) -> None:
         self._bus = bus
         self._count = count
+        self._read = read
         self._head = header_block(headers)
         self._tokens: list[str] = []
         self._errors: list[tuple[int, MoeError]] = []
         self._woken: asyncio.Future[None] | None = None
-        self.answers: dict[int, bytes] = {}
-        """By request: its first answer's data."""
+        self.answers: dict[int, Any] = {}
+        """By request: its first answer, as it was read."""
         self.answered_by: dict[int, int] = {}
         """By request: the number of the sending that was answered."""
         self.arrived: dict[int, float] = {}
@@ -491,17 +507,20 @@ class Exchange:
             self._bus._check(data)  # noqa: SLF001
             self._bus._client.send(subject, reply, data, self._head)  # noqa: SLF001
         except MoeError as error:
-            self._bus._forget(token)  # noqa: SLF001
             self._fail(sending, error)
         return sending
 
     def _take(self, request: int, sending: int, subject: str, item: Msg | MoeError) -> None:
-        answer = outcome(subject, item)
+        data = outcome(subject, item)
         self._bus._forget(self._tokens[sending])  # noqa: SLF001 - a sending has one outcome
-        if isinstance(answer, MoeError):
-            self._fail(sending, answer)
+        if isinstance(data, MoeError):
+            self._fail(sending, data)
         elif request not in self.answers:
-            self.answers[request] = answer
+            try:
+                self.answers[request] = self._read(request, data)
+            except MoeError as error:
+                self._fail(sending, error)
+                return
             self.answered_by[request] = sending
             self.arrived[request] = time.monotonic()
             if self.complete:
@@ -569,6 +588,11 @@ class ReplyStream:
         if self._queue.full():
             self._queue.get_nowait()
         self._queue.put_nowait(error)
+
+    @property
+    def unread(self) -> bool:
+        """Whether something has come that was not read yet."""
+        return not self._queue.empty()
 
     async def next(self, timeout: float) -> bytes:
         """The next reply's bytes.

@@ -1,7 +1,8 @@
 """Who serves what, by the fleet's reports, and which of them to ask next. A pure core: the clock is passed in.
 
 Outlier ejection as Envoy has it: whoever fails is left out for a while, longer each time in a row, and let back in when
-it answers or the time is over. The last one stays in whatever happens: somebody doubtful is better than nobody.
+it answers, or when the time is over and it has reported since. The last one stays in whatever happens: somebody
+doubtful is better than nobody.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ SILENT_SECONDS = 2.5
 """Who reports each second and has not been heard of for so long is not asked."""
 FIRST_EJECTION_SECONDS = 1.0
 LONGEST_EJECTION_SECONDS = 30.0
+FORGOTTEN_SECONDS = 60.0
 ANYTHING = 0
 """The key of services that all do the same work, as routers do."""
 
@@ -29,7 +31,12 @@ class Replica:
     heard: float
     failures: int = 0
     """In a row."""
-    out_until: float = 0.0
+    failed_at: float = -math.inf
+    out_until: float = -math.inf
+
+    def is_in(self, now: float) -> bool:
+        """Whether it is in rotation: not left out, and heard of since it last failed."""
+        return now >= self.out_until and self.heard > self.failed_at
 
 
 class Replicas:
@@ -59,6 +66,8 @@ class Replicas:
             known.heard = now
             return
         self.gone(status.instance)
+        for old in [each.instance for each in self._known.values() if now - each.heard > FORGOTTEN_SECONDS]:
+            self.gone(old)
         replica = self._known[status.instance] = Replica(status.instance, serves, now)
         for key in serves:
             self._by_key.setdefault(key, []).append(replica)
@@ -77,6 +86,7 @@ class Replicas:
             doublings = min(replica.failures, 32)  # 2.0 ** 1024 is too large for a float
             seconds = min(FIRST_EJECTION_SECONDS * 2.0**doublings, LONGEST_EJECTION_SECONDS)
             replica.failures += 1
+            replica.failed_at = now
             replica.out_until = now + seconds
             self.ejections += 1
 
@@ -85,7 +95,7 @@ class Replicas:
         replica = self._known.get(instance)
         if replica is not None and replica.failures:
             replica.failures = 0
-            replica.out_until = 0.0
+            replica.failed_at = replica.out_until = -math.inf
 
     def choose(self, key: int, now: float, avoid: Collection[str] = ()) -> str | None:
         """Whose turn it is to be asked for `key`; None if nobody is known but those of `avoid`.
@@ -101,7 +111,7 @@ class Replicas:
             replica = replicas[(turn + offset) % len(replicas)]
             if now - replica.heard > self._silent_seconds or replica.instance in avoid:
                 continue
-            if now >= replica.out_until:
+            if replica.is_in(now):
                 return replica.instance
             if spare is None or replica.out_until < spare.out_until:
                 spare = replica
@@ -111,6 +121,11 @@ class Replicas:
         """Whether anybody who was heard of lately serves `key`."""
         return any(now - replica.heard <= self._silent_seconds for replica in self._by_key.get(key, ()))
 
+    def heard(self, instance: str) -> float:
+        """When `instance` last reported; minus infinity if it is not known."""
+        replica = self._known.get(instance)
+        return -math.inf if replica is None else replica.heard
+
     def last_served(self, key: int) -> float:
         """When somebody last reported that it serves `key`; minus infinity if nobody ever has."""
         return self._served_at.get(key, -math.inf)
@@ -118,6 +133,6 @@ class Replicas:
     def has_other(self, key: int, now: float, instance: str | None) -> bool:
         """Whether anybody but `instance` may be asked for `key`, none of those who are left out."""
         return any(
-            r.instance != instance and now - r.heard <= self._silent_seconds and now >= r.out_until
+            r.instance != instance and now - r.heard <= self._silent_seconds and r.is_in(now)
             for r in self._by_key.get(key, ())
         )

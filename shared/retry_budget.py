@@ -10,11 +10,14 @@ from __future__ import annotations
 class RetryBudget:
     """A bucket of tries."""
 
-    def __init__(self, share: float, *, reserve_per_second: float = 0.0, most: float = 100.0) -> None:
-        """Begin with an empty bucket, or with a second's reserve.
+    def __init__(
+        self, share: float, *, saved: float = 0.0, reserve_per_second: float = 0.0, most: float = 100.0
+    ) -> None:
+        """Begin with `saved` tries.
 
         Args:
             share: further tries per call, in the long run.
+            saved: tries to begin with.
             reserve_per_second: tries that come by themselves, for those who call seldom.
             most: tries that can be saved up.
 
@@ -22,7 +25,7 @@ class RetryBudget:
         self._share = share
         self._reserve_per_second = reserve_per_second
         self._most = most
-        self._balance = min(reserve_per_second, most)
+        self._balance = min(saved, most)
         self._filled: float | None = None
         self.calls = 0
         self.taken = 0

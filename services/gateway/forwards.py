@@ -71,7 +71,7 @@ class Forwards:
         self._bus = bus
         self._deployment = deployment
         self._routers = routers
-        self._liveness = Liveness(bus)
+        self._liveness = Liveness(bus, routers)
         self._config = config
         self._seconds = settings.timeout_seconds
         self._batch_rows = settings.forward_batch_rows
@@ -208,7 +208,13 @@ class Forwards:
                     if isinstance(error, NoRespondersError):
                         raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
                     raise error from None
-            if self._routers.choose(ANYTHING, time.monotonic(), () if instance is None else (instance,)) is None:
+                if error.code == "draining" and instance is not None:
+                    self._routers.gone(instance)
+                cut_off = error.code == "bus_unavailable"
+            if (
+                cut_off
+                or self._routers.choose(ANYTHING, time.monotonic(), () if instance is None else (instance,)) is None
+            ):
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
     def _answer(self, data: bytes, rows: int) -> Answer:
@@ -251,7 +257,7 @@ class Forwards:
                     raise MoeError("deadline_exceeded", f"no answer on {subject} within {self._seconds:.3g} s")
                 if instance is not None:
                     await self._check(instance)
-            return exchange.answers[0]
+            return bytes(exchange.answers[0])
 
     async def _check(self, instance: str) -> None:
         """Find out whether the router is still there."""

@@ -139,7 +139,7 @@ class Generator:
         self._bus = bus
         self._deployment = deployment
         self._routers = routers
-        self._liveness = Liveness(bus)
+        self._liveness = Liveness(bus, routers)
         self._tokenizer = tokenizer
         self._admission = admission
         self._observations = observations
@@ -238,6 +238,9 @@ class Generator:
                             return
             except _LostError as lost:
                 error = lost.error
+                if progress.complete:  # only who ends streams by an empty chunk can lose it so
+                    yield GenerateChunk(id=request.id, finish_reason="length", degraded=progress.degraded)
+                    return
                 if isinstance(error, BadMessageError):
                     BAD_MESSAGES.labels("reply").inc()
                 if not progress.lost():
@@ -260,7 +263,7 @@ class Generator:
 
         """
         stream, accepted = await self._ask(progress)
-        watched = Watched(accepted.id, accepted.instance, stream.fail, time.monotonic(), tokens=len(progress.tokens))
+        watched = Watched(accepted.id, accepted.instance, stream, time.monotonic(), tokens=len(progress.tokens))
         self._liveness.add(watched)
         finished = False
         try:
@@ -303,10 +306,11 @@ class Generator:
                 refused_by.clear()
                 instance = self._routers.choose(ANYTHING, now)
             headers = {REQUEST_ID: request_id.get() or request.id, BUDGET_MS: f"{left * 1000:.0f}"}
-            stream = self._bus.open_stream()
+            stream, published = self._bus.open_stream(), False
             try:
                 subject = subjects.generate(self._deployment, instance or "")
                 await self._bus.publish(subject, wire.encode(request), reply=stream.inbox, headers=headers)
+                published = True
                 accepted = wire.decode(GenerateChunk, await stream.next(min(left, patience)))
                 if instance is not None:
                     self._routers.answered(instance)
@@ -318,13 +322,14 @@ class Generator:
                 raise
             except MoeError as error:
                 late = error.code == "deadline_exceeded"
-                if error.code == "bus_unavailable" or late:
+                cut_off = error.code == "bus_unavailable"
+                if late or (cut_off and published):
                     self._own(self._abandon(stream, request.id, deadline))
                 else:
                     stream.close()
                 if late:
                     patience *= 2
-                if instance is not None:
+                if instance is not None and not cut_off:
                     refused_by.add(instance)
                     if isinstance(error, NoRespondersError) or error.code == "draining":
                         self._routers.gone(instance)
@@ -333,12 +338,14 @@ class Generator:
                 garbled = isinstance(error, BadMessageError)
                 if garbled:
                     BAD_MESSAGES.labels("reply").inc()
+                    if instance is not None:
+                        self._own(self._cancel(request.id, instance))
                 again = isinstance(error, NoRespondersError) or error.code in RETRYABLE or late or garbled
                 if not again or time.monotonic() + RETRY_PAUSE_SECONDS >= deadline:
                     if isinstance(error, NoRespondersError):
                         raise MoeError("router_unavailable", "no router is ready; try again in a moment") from None
                     raise not_the_clients(error) from None
-            if self._routers.choose(ANYTHING, time.monotonic(), refused_by) is None:
+            if cut_off or self._routers.choose(ANYTHING, time.monotonic(), refused_by) is None:
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
     def _own(self, farewell: Coroutine[Any, Any, None]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
@@ -17,6 +18,7 @@ from services.router.messages import CheckReply, CheckRequest
 from shared import subjects, wire
 from shared.bus import Bus, NoRespondersError
 from shared.errors import MoeError
+from shared.replicas import Replicas
 
 log = structlog.get_logger()
 
@@ -24,7 +26,22 @@ SILENT_SECONDS = 0.75
 """After so long without a chunk a stream is asked about, and again after each answer that it goes on."""
 ANSWER_SECONDS = 0.75
 PING_SECONDS = 0.25
+REPORT_SECONDS = 1.25
+"""Routers report each second: one that has just done so is busy, not lost."""
 LOOK_SECONDS = 0.25
+
+
+class Stream(Protocol):
+    """What chunks come by."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether something has come that nobody has taken yet: it is the reader who is slow, not the router."""
+        ...
+
+    def fail(self, error: MoeError) -> None:
+        """Have the reader find `error` after what it has not read yet."""
+        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -33,7 +50,7 @@ class Watched:
 
     id: str
     instance: str
-    lost: Callable[[MoeError], None]
+    stream: Stream
     """Is told, once at most, that nothing more will come."""
     last_sign: float
     """When the last chunk came, or the last answer that it goes on."""
@@ -45,7 +62,7 @@ def silent(streams: Iterable[Watched], now: float) -> dict[str, list[Watched]]:
     """The streams that are to be asked about, by router."""
     found: dict[str, list[Watched]] = {}
     for stream in streams:
-        if now - stream.last_sign >= SILENT_SECONDS:
+        if now - stream.last_sign >= SILENT_SECONDS and not stream.stream.unread:
             found.setdefault(stream.instance, []).append(stream)
     return found
 
@@ -53,8 +70,9 @@ def silent(streams: Iterable[Watched], now: float) -> dict[str, list[Watched]]:
 class Liveness:
     """Watches streams, and only while there are any."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, routers: Replicas) -> None:
         self._bus = bus
+        self._routers = routers
         self._streams: dict[Watched, None] = {}  # not a set: in the order in which they came, always the same
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._looking: asyncio.Task[None] | None = None
@@ -88,6 +106,8 @@ class Liveness:
             return
         now = time.monotonic()
         for stream in streams:
+            if stream.stream.unread:
+                continue
             if stream.id not in known or known[stream.id] > stream.tokens:
                 self._lose(stream, MoeError("chunk_lost", f"router {instance} has lost the generation"))
             else:
@@ -96,7 +116,7 @@ class Liveness:
     def _lose(self, stream: Watched, error: MoeError) -> None:
         if stream in self._streams:
             del self._streams[stream]
-            stream.lost(error)
+            stream.stream.fail(error)
 
     async def generations(self, instance: str, ids: list[str]) -> dict[str, int]:
         """Those of the generations `ids` that the router `instance` has, and how many new tokens each has.
@@ -106,17 +126,20 @@ class Liveness:
                 NATS itself does not answer.
 
         """
-        question = wire.encode(CheckRequest(ids=ids))
-        try:
-            data = await self._bus.request(subjects.control("router", instance), question, timeout=ANSWER_SECONDS)
-        except NoRespondersError:
-            raise MoeError("router_unavailable", f"router {instance} is gone") from None
-        except MoeError as error:
-            if error.code != "deadline_exceeded":
-                raise
-            await self._bus.flush(PING_SECONDS)
-            raise MoeError("router_unavailable", f"router {instance} does not answer") from None
-        return wire.decode(CheckReply, data).tokens
+        with self._bus.exchange(1) as exchange:
+            exchange.send(0, subjects.control("router", instance), wire.encode(CheckRequest(ids=ids)))
+            await exchange.wait(time.monotonic() + ANSWER_SECONDS)
+            for _, error in exchange.take_errors():
+                if isinstance(error, NoRespondersError):
+                    raise MoeError("router_unavailable", f"router {instance} is gone")
+                raise error
+            if not exchange.complete:
+                await self._bus.flush(PING_SECONDS)  # whatever has reached NATS by now comes before its PONG
+            if exchange.complete:
+                return wire.decode(CheckReply, exchange.answers[0]).tokens
+        if time.monotonic() - self._routers.heard(instance) < REPORT_SECONDS:
+            raise MoeError("deadline_exceeded", f"router {instance} reports, but is slow to answer")
+        raise MoeError("router_unavailable", f"router {instance} does not answer")
 
     async def close(self) -> None:
         """End what is under way."""

@@ -29,6 +29,8 @@ class Progress:
         self._prompt_logprobs_told = False
         self._routing_told = 0
         """Rows, of all tries."""
+        self._seen = 0
+        """Tokens, of this try; those of `output_ids` too if it counts from them."""
         self._routing_seen = 0
         """Rows, of this try."""
 
@@ -37,7 +39,7 @@ class Progress:
         request = self._request
         name = f"{request.id}.{self.tries}" if self.tries else request.id
         self.tries += 1
-        self._routing_seen = 0
+        self._seen = self._routing_seen = 0
         return msgspec.structs.replace(
             request,
             id=name,
@@ -56,9 +58,11 @@ class Progress:
         """
         if chunk.finish_reason == "cancelled":  # whoever cancels by us does not read on
             raise MoeError("cancelled", "the router cancelled the generation")
-        if chunk.start > len(self.tokens):
-            raise MoeError("chunk_lost", f"{chunk.start - len(self.tokens)} tokens of the stream are missing")
-        known = len(self.tokens) - chunk.start
+        start = self._seen if chunk.start is None else chunk.start
+        if start > len(self.tokens):
+            raise MoeError("chunk_lost", f"{start - len(self.tokens)} tokens of the stream are missing")
+        self._seen = start + len(chunk.token_ids)
+        known = len(self.tokens) - start
         self.degraded |= chunk.degraded
         new = chunk.token_ids[known:]
         if len(self.tokens) + len(new) > self._request.max_tokens:
@@ -69,7 +73,7 @@ class Progress:
         prompt_logprobs = None if self._prompt_logprobs_told else chunk.prompt_logprobs
         self._prompt_logprobs_told |= prompt_logprobs is not None
         changes = {
-            "start": chunk.start + min(known, len(chunk.token_ids)),
+            "start": start + min(known, len(chunk.token_ids)),
             "token_ids": new,
             "logprobs": chunk.logprobs[known:],
             "prompt_logprobs": prompt_logprobs,
@@ -92,6 +96,11 @@ class Progress:
             return None
         row_bytes = math.prod(rows.shape[1:]) * ITEMSIZE[rows.dtype]
         return Tensor(rows.dtype, (rows.shape[0] - known, *rows.shape[1:]), memoryview(rows.data)[known * row_bytes :])
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token is there, though no chunk has said that it was the last."""
+        return 0 < self._request.max_tokens <= len(self.tokens)
 
     def lost(self) -> bool:
         """The router is lost. Whether another may be asked."""

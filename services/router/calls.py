@@ -7,16 +7,18 @@ Sendings that reached nobody (no responders, no connection, a worker that is lea
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from services.router.latencies import Latencies
 from shared import subjects
-from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Exchange, Headers, NoRespondersError
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus, Exchange, NoRespondersError
+from shared.bus import deadline as waits_until
 from shared.errors import HTTP_STATUS, MoeError
 from shared.instrumentation import DISPATCH_HEDGES, DISPATCH_RETRIES, RETRIES_REFUSED
 from shared.logs import request_id
@@ -24,10 +26,10 @@ from shared.replicas import Replicas
 from shared.retry_budget import RetryBudget
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 CALL_SECONDS = 10.0
 """How long a worker may take for a call before it drops it, and before it is sent to the same worker again."""
-LEAST_RESEND_SECONDS = 3.0
 RETRY_PAUSE_SECONDS = 0.05
 WATCH_SECONDS = 0.1
 """A stalled call looks so often for a worker that it has not been sent to."""
@@ -35,12 +37,14 @@ MOST_BROKEN_REPLIES = 3
 """So many of a shard's workers may fail at a call before it is given up: a bug of one must not end a request."""
 HEDGE_SHARE = 0.05
 RETRY_SHARE = 0.2
-RETRY_RESERVE_PER_SECOND = 10.0
+RETRIES_SAVED = 10.0
+RETRY_RESERVE_PER_SECOND = 1.0
 GONE = {"no_responders", "draining", "wrong_shard"}
 """Errors that say that this worker does not do this work (any more)."""
-FREE = {*GONE, "bus_unavailable"}
-"""Errors of sendings that were no load to anybody."""
-BUSY = {"overloaded", "deadline_exceeded"}
+FREE = {"no_responders", "bus_unavailable"}
+"""Errors of sendings that reached nobody."""
+BUSY = {"overloaded", "deadline_exceeded", "bus_unavailable"}
+"""Errors of workers that are all right."""
 
 
 class Message(Protocol):
@@ -71,7 +75,12 @@ class Open:
     hedge: bool = False
     """What is due is a hedge, and not yet the verdict that it has stalled."""
     stalled: bool = False
-    resent: int = 0
+    unserved: bool = False
+    """Nobody reported that it serves the shard, at some moment since the call has stalled."""
+    resent: bool = False
+    """It was sent again because it had stalled."""
+    latest: int = -1
+    """The number of the latest sending that was no hedge."""
     under_way: dict[int, str] = field(default_factory=dict)
     """Sendings without an outcome, and the instance of each; "" is whoever serves the shard."""
     refused_by: set[str] = field(default_factory=set)
@@ -105,17 +114,26 @@ class Calls:
         self._somebody: dict[str, str] = {}
         self._latencies = Latencies()
         self._unserved_since: dict[int, float] = {}
-        self.retries = RetryBudget(RETRY_SHARE, reserve_per_second=RETRY_RESERVE_PER_SECOND)
+        self.retries = RetryBudget(RETRY_SHARE, saved=RETRIES_SAVED, reserve_per_second=RETRY_RESERVE_PER_SECOND)
         self.hedges = RetryBudget(HEDGE_SHARE, most=10.0)
         self._reasons = {reason: DISPATCH_RETRIES.labels(reason) for reason in (*HTTP_STATUS, *GONE, "stalled")}
 
-    async def ask(self, messages: Sequence[Message]) -> list[bytes | MoeError]:
-        """The answer to each message, in their order, or why there is none. All leave at once."""
+    async def ask(self, messages: Sequence[Message], read: Callable[[int, bytes], T]) -> list[T | MoeError]:
+        """The answer to each message, in their order, or why there is none. All leave at once.
+
+        Args:
+            messages: what to ask; of each the shard, the rows and the encoded message.
+            read: makes of a message's number and its reply's data an answer; a worker whose reply it refuses with a
+                MoeError has failed.
+
+        """
         now = time.monotonic()
-        deadline = until = now + self._timeout_seconds
+        seconds = self._seconds(now)
+        deadline = until = now + seconds
         self.retries.called(len(messages))
         self.hedges.called(len(messages))
-        with self._bus.exchange(len(messages), self._headers()) as exchange:
+        headers = {BUDGET_MS: f"{min(CALL_SECONDS, seconds) * 1000:.0f}", REQUEST_ID: request_id.get()}
+        with self._bus.exchange(len(messages), headers, read) as exchange:
             calls = []
             for number, message in enumerate(messages):
                 call = Open(number, message, Latencies.size(message.rows), now)
@@ -126,18 +144,19 @@ class Calls:
                 await self._see_through(exchange, calls, deadline)
             return [self._outcome(exchange, call) for call in calls]
 
-    def _headers(self) -> Headers:
-        seconds = min(CALL_SECONDS, self._timeout_seconds)
-        return {BUDGET_MS: f"{seconds * 1000:.0f}", REQUEST_ID: request_id.get()}
+    def _seconds(self, now: float) -> float:
+        """How long to go on: as long as the caller waits, if that is known."""
+        callers = waits_until.get()
+        return self._timeout_seconds if callers is None else min(self._timeout_seconds, max(0.0, callers - now))
 
-    def _outcome(self, exchange: Exchange, call: Open) -> bytes | MoeError:
-        answer = exchange.answers.get(call.number)
-        if answer is None:
+    def _outcome(self, exchange: Exchange, call: Open) -> Any:
+        if call.number not in exchange.answers:
             assert call.error is not None  # noqa: S101 - _see_through leaves no other
             return call.error
-        self._latencies.add(call.size, exchange.arrived[call.number] - call.first_sent)
-        if call.under_way:
-            self._workers.answered(call.under_way.get(exchange.answered_by[call.number], ""))
+        answer = exchange.answers[call.number]
+        if not call.resent:  # what a dead worker cost says nothing about calls
+            self._latencies.add(call.size, exchange.arrived[call.number] - call.first_sent)
+        self._workers.answered(call.under_way.get(exchange.answered_by[call.number], ""))
         if self._unserved_since:
             self._unserved_since.pop(call.message.shard, None)
         return answer
@@ -164,9 +183,9 @@ class Calls:
         stalled = self._latencies.stalled_after(call.size)
         call.hedge = call.stalled = False
         call.due = now + stalled
-        call.resend_at = now + max(LEAST_RESEND_SECONDS, 2 * stalled) * 2.0**call.resent
-        sending = exchange.send(call.number, subject, call.message.data)
-        call.under_way[sending] = instance or ""
+        call.resend_at = now + max(CALL_SECONDS, 2 * stalled)
+        call.latest = exchange.send(call.number, subject, call.message.data)
+        call.under_way[call.latest] = instance or ""
         return instance or ""
 
     def _subject(self, instance: str) -> str:
@@ -191,9 +210,9 @@ class Calls:
                 sent.update(dict.fromkeys(call.under_way, call))
             now = time.monotonic()
             for sending, error in exchange.take_errors():
-                call = sent[sending]
-                if call.number not in exchange.answers and call.error is None:
-                    self._failed(exchange, call, sending, error, now)
+                failed = sent.get(sending)  # None: of a call that is answered by now
+                if failed is not None and failed.number not in exchange.answers and failed.error is None:
+                    self._failed(exchange, failed, sending, error, now)
             for call in left:
                 if call.number in exchange.answers or call.error is not None:
                     continue
@@ -205,6 +224,7 @@ class Calls:
             if not left:
                 return
             await exchange.wait(min(deadline, *(call.due for call in left)))
+            await asyncio.sleep(0)  # timers run before the socket is read: an answer may lie there already
 
     def _failed(self, exchange: Exchange, call: Open, sending: int, error: MoeError, now: float) -> None:
         instance = call.under_way.pop(sending)
@@ -212,7 +232,7 @@ class Calls:
         call.reason = reason = "no_responders" if isinstance(error, NoRespondersError) else error.code
         if reason in GONE:
             self._workers.gone(instance)
-        elif reason not in FREE | BUSY:
+        elif reason not in BUSY:
             call.broken += 1
             log.warning("experts.broken", shard=shard, instance=instance, code=reason, reason=error.message)
             self._workers.failed(instance, now)
@@ -242,7 +262,8 @@ class Calls:
         if call.hedge:
             call.hedge = False
             call.due = call.first_sent + self._latencies.stalled_after(call.size)
-            if other is not None and self.hedges.take(now):
+            slow = call.under_way.get(call.latest)
+            if other is not None and self._workers.has_other(shard, now, slow) and self.hedges.take(now):
                 DISPATCH_HEDGES.inc()
                 subject = self._somebody.get(other) or self._subject(other)
                 sending = exchange.send(call.number, subject, call.message.data)
@@ -250,16 +271,18 @@ class Calls:
             return
         if not call.stalled:
             call.stalled = True
-            for instance in call.under_way.values():
-                self._workers.failed(instance, now)
-            log.warning("experts.stalled", shard=shard, instances=sorted(call.under_way.values()))
+            blamed = call.under_way.get(call.latest, "")  # and no hedge, which has had less time
+            self._workers.failed(blamed, now)
+            log.warning("experts.stalled", shard=shard, instance=blamed)
         call.due = now + WATCH_SECONDS
-        if other is not None or now >= call.resend_at:
+        served = self._workers.served(shard, now)
+        # It goes to another worker; or to the same, if that was away meanwhile and may have lost it.
+        if other is not None or now >= call.resend_at or (served and call.unserved):
             if self._may_retry(now):
-                call.reason = "stalled"
-                call.resent += other is None
+                call.reason, call.resent, call.unserved = "stalled", True, False
                 self._again(exchange, call, other, now)
-        elif not self._workers.served(shard, now):
+        elif not served:
+            call.unserved = True
             self._unserved(call, now)
 
     def _may_retry(self, now: float) -> bool:

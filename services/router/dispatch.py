@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,11 @@ log = structlog.get_logger()
 
 MESSAGE_OVERHEAD_BYTES = 512
 PAIR_BYTES = 12
+LOG_SECONDS = 10.0
 
 
+Rows = npt.NDArray[np.uint8]
+"""The bytes of a worker's answer."""
 Pairs = tuple[torch.Tensor, torch.Tensor]
 """The experts [T, k] of each token, and their weights [T, k]."""
 
@@ -53,7 +57,8 @@ class BusExperts:
         self._bus = bus
         self.calls = calls
         self._num_experts = config.num_experts
-        self._num_shards = num_shards
+        self.num_shards = num_shards
+        self._skipped_at: dict[int, float] = {}
         self._skips = degraded_mode == "skip"
         self._seconds = {layer: DISPATCH_SECONDS.labels(str(layer)) for layer in config.moe_layers}
         self._row = {layer: row for row, layer in enumerate(config.moe_layers)}
@@ -67,15 +72,21 @@ class BusExperts:
         calls = self._pack(layer, hidden, top_k_index, top_k_weights)
         return BusQuestion(self, layer, hidden, (top_k_index, top_k_weights), calls)
 
-    def share(self, routing: Pairs, missing: set[int]) -> torch.Tensor:
+    def share(self, routing: Pairs, lost: torch.Tensor) -> torch.Tensor:
         """[T] float32: the weights of all of a token's experts, over those of the experts that are left; 0 if none is.
 
         A sum that lacks some experts, times this, is as if the others' gate weights had been renormalised.
+
+        Args:
+            routing: the experts [T, k] and their weights [T, k].
+            lost: [T, S] bool, which shards' part of which rows is missing.
+
         """
         index, weights = (part.cpu() for part in routing)
-        left = torch.isin(index % self._num_shards, torch.tensor(sorted(missing)), invert=True)
+        left = ~lost.gather(1, index % self.num_shards)  # [T, k]
         remaining = (weights * left).sum(dim=-1)
-        return torch.where(remaining > 0, weights.sum(dim=-1) / remaining, 0.0).float()
+        factor = torch.where(remaining > 0, weights.sum(dim=-1) / remaining, 0.0)
+        return torch.where(left.all(dim=-1), 1.0, factor).float()
 
     def _pack(
         self, layer: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -89,9 +100,9 @@ class BusExperts:
         experts = top_k_index.cpu().numpy().ravel()  # [P], token by token
         self.tokens[self._row[layer]] += np.bincount(experts, minlength=self._num_experts)
         most_rows = max(1, (self._bus.max_payload - MESSAGE_OVERHEAD_BYTES) // (row_bytes + k * PAIR_BYTES))
-        shard_of_pair = experts % self._num_shards
+        shard_of_pair = experts % self.num_shards
         order = np.argsort(shard_of_pair, kind="stable")  # by shard, then by token
-        pair_ends = np.bincount(shard_of_pair, minlength=self._num_shards).cumsum().tolist()
+        pair_ends = np.bincount(shard_of_pair, minlength=self.num_shards).cumsum().tolist()
         token_of_pair = order // k
         first = np.empty(order.size, dtype=bool)  # whether a pair is the first of its token in its shard
         first[0] = True
@@ -124,7 +135,7 @@ class BusExperts:
                 pair_start = stop
         return calls
 
-    async def ask(self, layer: int, calls: list[Call]) -> list[bytes | None]:
+    async def ask(self, layer: int, calls: list[Call], read: Callable[[int, bytes], Rows]) -> list[Rows | None]:
         """The answers to `calls`, in their order; None for those that DEGRADED_MODE=skip does without.
 
         Raises:
@@ -132,15 +143,23 @@ class BusExperts:
 
         """
         start = time.monotonic()
-        answers = await self.calls.ask(calls)
-        for number, answer in enumerate(answers):
+        answers: list[Rows | None] = []
+        for call, answer in zip(calls, await self.calls.ask(calls, read), strict=True):
             if isinstance(answer, MoeError):
                 if not self._skips:
                     raise answer
-                log.warning("experts.skipped", layer=layer, shard=calls[number].shard, reason=answer.message)
-                answers[number] = None  # type: ignore[call-overload]
+                self._skip(call.shard, answer, start)
+                answers.append(None)
+            else:
+                answers.append(answer)
         self._seconds[layer].observe(time.monotonic() - start)
-        return answers  # type: ignore[return-value]
+        return answers
+
+    def _skip(self, shard: int, why: MoeError, now: float) -> None:
+        """Say now and then that a shard is done without."""
+        if now - self._skipped_at.get(shard, -LOG_SECONDS) >= LOG_SECONDS:
+            self._skipped_at[shard] = now
+            log.warning("experts.skipped", shard=shard, reason=why.message)
 
 
 class BusQuestion:
@@ -154,53 +173,60 @@ class BusQuestion:
         self._hidden = hidden
         self._routing = routing
         self._calls = calls
-        self._answers: list[bytes | None] = []
+        self._answers: list[Rows | None] = []
+        self._dtypes = (WIRE_DTYPE[hidden.dtype],)
         self.degraded: torch.Tensor | None = None
         """[T] bool, after `ask`: rows that lack some of their experts; None if none does."""
 
     async def ask(self) -> None:
-        self._answers = await self._experts.ask(self._layer, self._calls)
-        if None in self._answers:
-            self.degraded = torch.zeros(self._hidden.shape[0], dtype=torch.bool)
-            for call, answer in zip(self._calls, self._answers, strict=True):
-                if answer is None:
-                    self.degraded[call.row_numbers] = True
+        self._answers = await self._experts.ask(self._layer, self._calls, self._read)
+        if any(answer is None for answer in self._answers):
+            self.degraded = self._lost().any(dim=-1)
+
+    def _read(self, number: int, data: bytes) -> Rows:
+        """A worker's reply to one call.
+
+        Raises:
+            BadMessageError: it is none.
+
+        """
+        try:
+            reply = wire.decode(ExpertsReply, data).hidden_states
+            check(reply, "hidden_states", (self._calls[number].rows, self._hidden.shape[1]), self._dtypes)
+        except BadMessageError:
+            BAD_MESSAGES.labels("reply").inc()
+            raise
+        return np.frombuffer(reply.data, dtype=np.uint8)
+
+    def _lost(self) -> torch.Tensor:
+        """[T, S] bool: which shards' part of which rows is missing."""
+        lost = torch.zeros(self._hidden.shape[0], self._experts.num_shards, dtype=torch.bool)
+        for call, answer in zip(self._calls, self._answers, strict=True):
+            if answer is None:
+                lost[torch.from_numpy(call.row_numbers), call.shard] = True
+        return lost
 
     def result(self) -> torch.Tensor:
-        try:
-            if self.degraded is None:
-                return combine(self._hidden, self._calls, self._answers)  # type: ignore[arg-type]
-            if all(answer is None for answer in self._answers):
-                return torch.zeros(self._hidden.shape, dtype=torch.float32, device=self._hidden.device)
-            answered = [(c, a) for c, a in zip(self._calls, self._answers, strict=True) if a is not None]
-            out = combine(self._hidden, [c for c, _ in answered], [a for _, a in answered])
-            missing = {c.shard for c, a in zip(self._calls, self._answers, strict=True) if a is None}
-            return out * self._experts.share(self._routing, missing).to(out.device)[:, None]
-        except BadMessageError as error:  # a worker's fault, not the client's
-            BAD_MESSAGES.labels("reply").inc()
-            raise MoeError("shard_unavailable", f"an expert worker's answer is no answer: {error.message}") from None
+        answered = [(c, a) for c, a in zip(self._calls, self._answers, strict=True) if a is not None]
+        out = combine(self._hidden, [c for c, _ in answered], [a for _, a in answered])
+        if self.degraded is None:
+            return out
+        return out * self._experts.share(self._routing, self._lost()).to(out.device)[:, None]
 
 
-def combine(hidden: torch.Tensor, calls: list[Call], answers: list[bytes]) -> torch.Tensor:
+def combine(hidden: torch.Tensor, calls: list[Call], answers: list[Rows]) -> torch.Tensor:
     """Add the partial sums in shard order, so that the sum does not depend on who answers first.
 
     Args:
         hidden: [T, H], what was asked: the result has its shape and device.
         calls: the calls, in shard order.
-        answers: an encoded ExpertsReply to each, with a row for each of the call's rows.
-
-    Raises:
-        BadMessageError: an answer that is not such a reply.
+        answers: to each a row for each of the call's rows, in hidden's dtype.
 
     """
-    dtype = WIRE_DTYPE[hidden.dtype]
-    width = hidden.shape[1]
-    parts = []
-    for call, data in zip(calls, answers, strict=True):
-        reply = wire.decode(ExpertsReply, data).hidden_states
-        check(reply, "hidden_states", (call.rows, width), (dtype,))
-        parts.append(np.frombuffer(reply.data, dtype=np.uint8))
-    rows = torch.from_numpy(np.concatenate([call.row_numbers for call in calls]))
-    values = torch.from_numpy(np.concatenate(parts)).view(hidden.dtype).view(-1, width)
-    # Row by row, in the order given: the partial sums of a token in shard order.
-    return torch.zeros(hidden.shape, dtype=torch.float32).index_add_(0, rows, values.float()).to(hidden.device)
+    out = torch.zeros(hidden.shape, dtype=torch.float32)
+    if calls:
+        rows = torch.from_numpy(np.concatenate([call.row_numbers for call in calls]))
+        values = torch.from_numpy(np.concatenate(answers)).view(hidden.dtype).view(-1, hidden.shape[1])
+        # Row by row, in the order given: the partial sums of a token in shard order.
+        out.index_add_(0, rows, values.float())
+    return out.to(hidden.device)

@@ -113,7 +113,7 @@ class Engine:
             MoeError: `overloaded`, if the line is full; `invalid_request`, if its id is in use.
 
         """
-        if self._scheduler.full:
+        if self._scheduler.full and not sequence.output:
             raise MoeError("overloaded", f"{self.waiting} generations are waiting; try again in a moment")
         if sequence.request.id in self._sequences:
             raise MoeError("invalid_request", f"a generation with the id {sequence.request.id} is running", param="id")

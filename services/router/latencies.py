@@ -15,6 +15,8 @@ LEAST_HEDGE_SECONDS = 0.02
 STALL_FACTOR = 4.0
 LEAST_STALL_SECONDS = 0.5
 UNKNOWN_STALL_SECONDS = 2.0
+MOST_STALL_SECONDS = 2.0
+"""Beyond what is usual: however slow calls are, a worker that has died is noticed soon after."""
 SIZES = 32
 
 
@@ -38,8 +40,7 @@ class Latencies:
         that dies would be noticed late.
         """
         samples, count = self._samples[size], self._counts[size]
-        if self._slow[size] is not None:
-            seconds = min(seconds, self.stalled_after(size))
+        seconds = min(seconds, self.stalled_after(size))
         if len(samples) < WINDOW:
             samples.append(seconds)
         else:
@@ -57,13 +58,5 @@ class Latencies:
         """Seconds after which a call of this size is taken for lost with its worker."""
         slow = self._slow[size]
         if slow is None:
-            slow = self._guess(size)
-        return UNKNOWN_STALL_SECONDS if slow is None else max(STALL_FACTOR * slow, LEAST_STALL_SECONDS)
-
-    def _guess(self, size: int) -> float | None:
-        """From the nearest smaller size that is known, as if time grew with the rows; or from the nearest larger."""
-        for smaller in range(size - 1, -1, -1):
-            slow = self._slow[smaller]
-            if slow is not None:
-                return slow * 2.0 ** (size - smaller)
-        return next((slow for slow in self._slow[size + 1 :] if slow is not None), None)
+            return UNKNOWN_STALL_SECONDS
+        return max(min(STALL_FACTOR * slow, slow + MOST_STALL_SECONDS), LEAST_STALL_SECONDS)

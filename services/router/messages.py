@@ -75,8 +75,9 @@ class GenerateChunk(Message, frozen=True, kw_only=True, omit_defaults=True):
     id: str
     instance: str = ""
     token_ids: list[int] = []
-    start: int = 0
-    """New tokens before this chunk's, those of the request's `output_ids` among them: a gap shows that one was lost."""
+    start: int | None = None
+    """New tokens before this chunk's, those of the request's `output_ids` among them: a gap shows that one was lost.
+    None: as many as this stream has told so far."""
     logprobs: list[TokenLogprob] = []
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """One per prompt token; None for the first, which nothing precedes. Comes before the first new token."""

@@ -53,7 +53,11 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Put it in line: at the end, or at the head if it has tokens already, which another router has made."""
+        if sequence.output:
+            self.waiting.appendleft(sequence)
+        else:
+            self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is; its blocks are free at once."""

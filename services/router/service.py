@@ -264,7 +264,7 @@ class Router:
         sequence = Sequence(
             request,
             arrival=now,
-            deadline=deadline.get(),
+            deadline=None if request.output_ids else deadline.get(),  # it has waited its turn already
             eos_token_ids=frozenset(self._config.eos_token_ids),
             request_id=safe_request_id(headers.get(REQUEST_ID, request.id)),
         )
@@ -275,7 +275,12 @@ class Router:
         log.info(
             "generation.accepted", request_id=sequence.request_id, id=request.id, prompt_tokens=sequence.prompt_length
         )
-        await self._bus.publish(message.reply, wire.encode(GenerateChunk(id=request.id, instance=self._instance)))
+        try:
+            await self._bus.publish(message.reply, wire.encode(GenerateChunk(id=request.id, instance=self._instance)))
+        except MoeError:  # nobody knows that it is here, so nobody would cancel it
+            del self._replies[request.id]
+            self._engine.cancel(request.id)
+            raise
 
     def _check(self, request: GenerateRequest) -> None:
         vocab, length = self._config.vocab_size, len(request.token_ids)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from services.gateway.liveness import SILENT_SECONDS, Watched, silent
 from shared.errors import MoeError
 
 
-def stream(name: str, instance: str, last_sign: float) -> Watched:
-    def lost(_error: MoeError) -> None:
+@dataclass
+class Inbox:
+    """Where chunks come, and lie while the reader is slow."""
+
+    unread: bool = False
+
+    def fail(self, _error: MoeError) -> None:
         raise AssertionError("nobody was asked")
 
-    return Watched(name, instance, lost, last_sign)
+
+def stream(name: str, instance: str, last_sign: float, *, unread: bool = False) -> Watched:
+    return Watched(name, instance, Inbox(unread), last_sign)
 
 
 def test_only_the_silent_are_asked_about_and_each_router_once() -> None:
@@ -26,4 +35,6 @@ def test_only_the_silent_are_asked_about_and_each_router_once() -> None:
         "b": {"other"},
     }
     assert silent({fresh}, 10.0 + SILENT_SECONDS) == {"a": [fresh]}
+    slow_reader = stream("slow", "a", 1.0, unread=True)
+    assert not silent([slow_reader], 10.0), "what it waits for has come"
     assert not silent(set(), 10.0)

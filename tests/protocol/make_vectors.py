@@ -90,7 +90,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "v": 1,
         "instance": "",
         "token_ids": [],
-        "start": 0,
+        "start": None,
         "logprobs": [],
         "prompt_logprobs": None,
         "logits": None,
@@ -248,11 +248,11 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
         {"v": 1, **MINIMAL["GenerateRequest"], "priority": 3, "labels": {"team": ["a", None, 1.5, b"\x00"]}},
     ),
     ("chunk: accepted", "GenerateChunk", {"v": 1, "id": "g-1", "instance": "router-1"}),
-    ("chunk: one token", "GenerateChunk", {"v": 1, "id": "g-1", "token_ids": [472]}),
+    ("chunk: one token", "GenerateChunk", {"v": 1, "id": "g-1", "token_ids": [472], "start": 0}),
     (
         "chunk: the last, ended by a stop token",
         "GenerateChunk",
-        {"v": 1, "id": "g-1", "token_ids": [0], "finish_reason": "stop", "stop_token_id": 0},
+        {"v": 1, "id": "g-1", "token_ids": [0], "start": 1, "finish_reason": "stop", "stop_token_id": 0},
     ),
     ("chunk: cancelled", "GenerateChunk", {"v": 1, "id": "g-1", "finish_reason": "cancelled"}),
     (

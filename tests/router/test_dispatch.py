@@ -23,7 +23,7 @@ from services.router.calls import Calls
 from services.router.dispatch import BusExperts, Call, combine
 from services.router.experts import Experts, LocalExperts
 from shared import subjects, wire
-from shared.bus import BUDGET_MS, REQUEST_ID, Bus
+from shared.bus import BUDGET_MS, REQUEST_ID, Bus, deadline
 from shared.checkpoint import Checkpoint
 from shared.compute import Compute
 from shared.errors import MoeError
@@ -312,7 +312,7 @@ async def test_the_sum_is_the_same_to_the_bit_whichever_shard_answers_first(nats
 def test_partial_sums_are_added_in_float32_and_rounded_once() -> None:
     parts = [torch.full((1, HIDDEN), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0)]
     calls = [Call(shard, np.array([0]), b"") for shard in range(3)]
-    replies = [wire.encode(ExpertsReply(hidden_states=to_wire(part))) for part in parts]
+    replies = [np.frombuffer(to_wire(part).data, dtype=np.uint8) for part in parts]
     out = combine(torch.zeros(1, HIDDEN, dtype=torch.bfloat16), calls, replies)
     # bfloat16 has 8 bits: adding 1 to 256 twice in it would leave 256.
     assert torch.equal(out, torch.full((1, HIDDEN), 258.0, dtype=torch.bfloat16))
@@ -557,10 +557,11 @@ async def test_the_only_worker_stays_in_however_often_it_fails(nats_url: str, la
 async def test_an_outage_is_not_made_worse_by_retries(nats_url: str, layer: Layer) -> None:
     async with cluster(nats_url, layer, shards=1, timeout=1) as c:
         await c.reported(0, refusing("overloaded", 10**6, layer))
-        await asyncio.gather(*(c.ask() for _ in range(40)), return_exceptions=True)
+        results = await asyncio.gather(*(c.ask() for _ in range(40)), return_exceptions=True)
+        assert {each.code for each in results if isinstance(each, MoeError)} == {"shard_unavailable"}
         assert c.calls.retries.refused, "the budget was never empty"
-        # A fifth of the calls, and ten each second for those who call seldom.
-        assert len(c.asked) <= 40 + 0.2 * 40 + 10 * 2.5
+        # A fifth of the calls, ten to begin with, and one each second for those who call seldom.
+        assert len(c.asked) <= 40 + 0.2 * 40 + 10 + 2
 
 
 async def test_without_a_shard_its_experts_are_left_out_and_it_is_said(nats_url: str, layer: Layer) -> None:
@@ -582,3 +583,48 @@ async def test_without_a_shard_its_experts_are_left_out_and_it_is_said(nats_url:
 async def test_without_any_shard_nothing_is_left(nats_url: str, layer: Layer) -> None:
     async with cluster(nats_url, layer, shards=2, recovery=0.1, degraded_mode="skip") as c:
         assert not (await c.ask()).any()
+
+
+async def test_only_the_rows_that_lack_experts_are_scaled(nats_url: str, small_bus: Bus, layer: Layer) -> None:
+    many = Layer(layer.bank, layer.compute, *pairs(tokens=200, seed=3))
+    url = str(small_bus._client.connected_url.geturl())
+    async with cluster(url, many, shards=2, degraded_mode="skip", timeout=3) as c:
+        await c.worker(0)
+        seen: list[int] = []
+
+        async def some(message: Msg) -> bytes:
+            seen.append(len(seen))
+            if len(seen) == 1:
+                return await many.answer(message)
+            raise MoeError("internal_error", "a bug")
+
+        await c.worker(1, some)
+        question = c.experts.question(0, many.hidden, many.index, many.weights)
+        await question.ask()
+        assert question.degraded is not None
+        whole = ~question.degraded
+        assert 0 < int(whole.sum()) < 200
+        assert torch.allclose(question.result()[whole], (await many.expected())[whole], atol=1e-5)
+
+
+async def test_a_garbled_reply_is_that_workers_fault_and_another_is_asked(nats_url: str, layer: Layer) -> None:
+    async def garbled(_message: Msg) -> bytes:
+        return b"\xc1"
+
+    async with cluster(nats_url, layer, shards=1) as c:
+        await c.reported(0, garbled)
+        await c.reported(0)
+        for _ in range(4):
+            assert torch.allclose(await c.ask(), await layer.expected(), atol=1e-5)
+
+
+async def test_it_asks_no_longer_than_its_caller_waits(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=1) as c:
+        start = time.monotonic()
+        token = deadline.set(start + 0.3)
+        try:
+            with pytest.raises(MoeError):
+                await c.ask()
+        finally:
+            deadline.reset(token)
+        assert time.monotonic() - start < 8, "not TIMEOUT_SECONDS"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from services.router.latencies import (
     LEAST_HEDGE_SECONDS,
     LEAST_STALL_SECONDS,
+    MOST_STALL_SECONDS,
     STALL_FACTOR,
     UNKNOWN_STALL_SECONDS,
     WINDOW,
@@ -25,7 +26,7 @@ def test_nothing_is_hedged_before_enough_is_known() -> None:
     assert latencies.stalled_after(3) == UNKNOWN_STALL_SECONDS
     latencies.add(3, 1.0)
     assert latencies.hedge_after(3) == 1.0
-    assert latencies.stalled_after(3) == STALL_FACTOR
+    assert latencies.stalled_after(3) == 1.0 + MOST_STALL_SECONDS
 
 
 def test_one_in_twenty_is_slow() -> None:
@@ -33,6 +34,7 @@ def test_one_in_twenty_is_slow() -> None:
     slow = latencies.hedge_after(1)
     assert slow is not None
     assert sum(0.001 * n > slow for n in range(1, 129)) == 6  # of 128
+    assert observed(1, *[0.2] * WINDOW).stalled_after(1) == STALL_FACTOR * 0.2
 
 
 def test_short_calls_have_a_floor() -> None:
@@ -42,20 +44,25 @@ def test_short_calls_have_a_floor() -> None:
 
 
 def test_what_was_long_ago_is_forgotten() -> None:
-    latencies = observed(1, *[5.0] * WINDOW, *[0.1] * WINDOW)
+    latencies = observed(1, *[1.5] * WINDOW, *[0.1] * WINDOW)
     assert latencies.hedge_after(1) == 0.1
 
 
 def test_an_outage_does_not_teach_that_calls_are_slow() -> None:
     latencies = observed(1, *[0.2] * WINDOW, *[30.0] * 16)
-    assert latencies.stalled_after(1) <= STALL_FACTOR**2 * 0.2
+    assert latencies.stalled_after(1) <= STALL_FACTOR * 0.2 + MOST_STALL_SECONDS
+    assert observed(1, *[30.0] * 16).stalled_after(1) <= UNKNOWN_STALL_SECONDS + MOST_STALL_SECONDS
 
 
-def test_a_size_that_is_unknown_is_guessed_from_its_neighbours_but_not_hedged() -> None:
+def test_sizes_know_nothing_of_one_another() -> None:
     latencies = observed(4, *[0.5] * WINDOW)
     assert latencies.hedge_after(6) is None
-    assert latencies.stalled_after(6) == STALL_FACTOR * 0.5 * 4
-    assert latencies.stalled_after(2) == STALL_FACTOR * 0.5
+    assert latencies.stalled_after(6) == UNKNOWN_STALL_SECONDS
+
+
+def test_a_worker_that_dies_is_noticed_soon_though_calls_are_long() -> None:
+    latencies = observed(9, *[1.9] * WINDOW)
+    assert latencies.stalled_after(9) == 1.9 + MOST_STALL_SECONDS
 
 
 def test_sizes_are_powers_of_two_of_rows() -> None:

@@ -55,6 +55,8 @@ def test_who_fails_is_left_out_for_longer_each_time_and_let_back_in_when_it_answ
     assert {replicas.choose(0, 0.5) for _ in range(4)} == {"b"}
     assert not replicas.has_other(0, 0.5, "b")
     now = FIRST_EJECTION_SECONDS
+    assert {replicas.choose(0, now) for _ in range(4)} == {"b"}, "it has not been heard of since"
+    replicas.observe(report("a", 0), now)
     assert {replicas.choose(0, now) for _ in range(4)} == {"a", "b"}
     replicas.failed("a", now)
     assert {replicas.choose(0, 1.9 * now) for _ in range(4)} == {"b"}
@@ -67,6 +69,7 @@ def test_several_calls_that_fail_together_are_one_failure() -> None:
     for _ in range(10):
         replicas.failed("a", 0.0)
     assert replicas.ejections == 1
+    replicas.observe(report("a", 0), 0.5)
     assert {replicas.choose(0, FIRST_EJECTION_SECONDS) for _ in range(2)} == {"a", "b"}
 
 
