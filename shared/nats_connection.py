@@ -86,6 +86,8 @@ class Connection(Client):
 
     async def _process_headers(self, headers: Any) -> dict[str, str] | None:
         """Headers that cannot be parsed are nobody's headers; nats-py would end its read loop over them."""
+        if not headers:  # nats-py's own subscriptions, those of JetStream, call this for every message
+            return None
         reason = f"{len(headers)} bytes"
         if len(headers) <= MAX_HEADER_BYTES:
             try:

@@ -214,4 +214,4 @@ async def test_an_answer_of_another_size_is_an_error(nats_url: str) -> None:
 
     async with scripted(nats_url, short) as (forwards, _):
         results = await asyncio.gather(*(forwards.small(0, row(n)) for n in range(3)), return_exceptions=True)
-        assert [each.code for each in results if isinstance(each, MoeError)] == ["internal_error"] * 3
+        assert [each.code for each in results if isinstance(each, MoeError)] == ["router_unavailable"] * 3
