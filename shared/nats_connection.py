@@ -25,6 +25,7 @@ MAX_HEADER_BYTES = 64 * 1024
 """Longer headers are nobody's: 8 MB of them would take seconds to read, in which nothing else is."""
 UNSENT_BYTES = 4 * 1024 * 1024
 """Who publishes waits while so much has not been taken by the network."""
+CANCEL_SECONDS = 0.1
 
 # The server takes any byte but these four in a name; nats-py's expressions stop at every white space, and its parser
 # then breaks the connection over a stranger's reply subject.
@@ -40,6 +41,7 @@ class Connection(Client):
 
     _pending: list[bytes]
     _pending_data_size: int
+    _reconnection_task: asyncio.Task[None] | None
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,6 +165,17 @@ class Connection(Client):
         """Drop what was not sent: nats-py would wait for a stalled peer to take it, and then send it late."""
         self.drop_unsent()
         await super()._attempt_reconnect()
+
+    async def close(self) -> None:
+        """Close, and end the task that reconnects, which may have missed that it was cancelled.
+
+        Before Python 3.12 a cancellation that comes just when a connect fails is lost in asyncio.wait_for.
+        """
+        await super().close()
+        task = self._reconnection_task
+        while task is not None and not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=CANCEL_SECONDS)
 
     def drop_unsent(self) -> None:
         """Forget every byte that the peer has not taken, and break the connection."""
