@@ -32,7 +32,8 @@ class Progress:
         self._seen = 0
         """Tokens, of this try; those of `output_ids` too if it counts from them."""
         self._routing_seen = 0
-        """Rows, of this try."""
+        """Rows, of this try, without those held back."""
+        self._routing_held: list[Tensor] = []
 
     def next_try(self) -> GenerateRequest:
         """What to ask the next router. Each try has an id of its own: only one of two that both run is listened to."""
@@ -40,6 +41,7 @@ class Progress:
         name = f"{request.id}.{self.tries}" if self.tries else request.id
         self.tries += 1
         self._seen = self._routing_seen = 0
+        self._routing_held = []
         return msgspec.structs.replace(
             request,
             id=name,
@@ -67,6 +69,7 @@ class Progress:
         new = chunk.token_ids[known:]
         if len(self.tokens) + len(new) > self._request.max_tokens:
             raise BadMessageError(f"the router says more than max_tokens={self._request.max_tokens} tokens")
+        routing = self._routing(chunk, start)
         if new:
             self.tokens += new
             self._losses = 0
@@ -77,25 +80,38 @@ class Progress:
             "token_ids": new,
             "logprobs": chunk.logprobs[known:],
             "prompt_logprobs": prompt_logprobs,
-            "routing": self._routing(chunk.routing),
+            "routing": routing,
             "degraded": self.degraded,
         }
         return msgspec.structs.replace(chunk, **changes)
 
-    def _routing(self, rows: Tensor | None) -> Tensor | None:
-        """Those of `rows` [n, L, k] that no earlier try has told."""
-        if rows is None or not rows.shape:
+    def _routing(self, chunk: GenerateChunk, start: int) -> Tensor | None:
+        """Rows [n, L, k] that no earlier try has told.
+
+        They are held back until a token, or the end, says how many there must be by now: a chunk without tokens has no
+        number, so that its loss would not show.
+        """
+        if not self._request.return_routing:
             return None
-        first = self._routing_seen
-        self._routing_seen += rows.shape[0]
-        known = min(max(self._routing_told - first, 0), rows.shape[0])
-        self._routing_told = max(self._routing_told, self._routing_seen)
-        if not known:
-            return rows
-        if known == rows.shape[0]:
+        if chunk.routing is not None and chunk.routing.shape:
+            self._routing_held.append(chunk.routing)
+        if not chunk.token_ids and chunk.finish_reason is None:
             return None
-        row_bytes = math.prod(rows.shape[1:]) * ITEMSIZE[rows.dtype]
-        return Tensor(rows.dtype, (rows.shape[0] - known, *rows.shape[1:]), memoryview(rows.data)[known * row_bytes :])
+        first, last = self._routing_seen, sum(part.shape[0] for part in self._routing_held) + self._routing_seen
+        # The last token's own row is computed only for the token after it.
+        expected = len(self._request.token_ids) + start + max(len(chunk.token_ids) - 1, 0)
+        if last != expected:
+            raise MoeError("chunk_lost", f"of {expected} rows of routing {last} have come")
+        held, self._routing_held = self._routing_held, []
+        known = max(self._routing_told - first, 0)
+        self._routing_seen = last
+        self._routing_told = max(self._routing_told, last)
+        if known >= last - first:
+            return None
+        tail = held[0].shape[1:]
+        row_bytes = math.prod(tail) * ITEMSIZE[held[0].dtype]
+        data = b"".join(part.data for part in held)[known * row_bytes :]
+        return Tensor(held[0].dtype, (last - first - known, *tail), memoryview(data))
 
     @property
     def complete(self) -> bool:

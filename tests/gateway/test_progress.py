@@ -62,21 +62,62 @@ def test_a_new_token_forgives_the_losses_before_it() -> None:
     assert [progress.lost() for _ in range(MOST_LOSSES + 1)] == [True] * MOST_LOSSES + [False]
 
 
-@given(st.integers(1, 12), st.lists(st.integers(1, 5), min_size=1, max_size=8), st.integers(0, 10))
-def test_rows_of_routing_are_told_once_however_the_tries_cut_them(total: int, cuts: list[int], stop: int) -> None:
-    progress = Progress(request(return_routing=True))
+def said(prompt: int, known: int, new: int, cut: int) -> list[GenerateChunk]:
+    """A router's chunks, that begins with `known` of `new` tokens and computes `cut` prompt tokens in a step."""
+    chunks = [
+        GenerateChunk(id="g", start=known, routing=rows(at, at + cut)) for at in range(0, prompt + known - cut, cut)
+    ]
+    first = len(chunks) * cut
+    for n in range(known, new):
+        reason = "length" if n == new - 1 else None
+        chunks.append(
+            GenerateChunk(id="g", start=n, token_ids=[n], routing=rows(first, prompt + n), finish_reason=reason)  # type: ignore[arg-type]
+        )
+        first = prompt + n
+    return chunks
+
+
+@given(
+    prompt=st.integers(1, 9),
+    new=st.integers(1, 6),
+    tries=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 12), st.integers(0, 12)), max_size=4),
+)
+def test_tokens_and_rows_are_told_once_whatever_is_lost(
+    prompt: int, new: int, tries: list[tuple[int, int, int]]
+) -> None:
+    progress = Progress(
+        GenerateRequest(id="g", token_ids=[1] * prompt, max_tokens=new, return_routing=True),
+    )
     told: list[int] = []
+    tokens: list[int] = []
+    for cut, missing, end in [*tries, (3, 99, 99)]:
+        known = len(progress.next_try().output_ids)
+        for number, chunk in enumerate(said(prompt, known, new, cut)):
+            if number == end:
+                break
+            if number == missing:
+                continue
+            try:
+                taken = progress.take(chunk)
+            except MoeError as error:
+                if error.code != "chunk_lost":
+                    raise
+                break
+            told += [] if taken.routing is None else taken.routing.to_numpy()[:, 0, 0].tolist()
+            tokens += taken.token_ids
+        if len(tokens) == new:
+            break
+    assert tokens == list(range(new))
+    assert told == list(range(prompt + new - 1))
 
-    def hear(last: int) -> None:
-        progress.next_try()
-        first, turn = 0, 0
-        while first < last:
-            end = min(first + cuts[turn % len(cuts)], last)
-            chunk = progress.take(GenerateChunk(id="g", routing=rows(first, end)))
-            told.extend([] if chunk.routing is None else chunk.routing.to_numpy()[:, 0, 0].tolist())
-            first, turn = end, turn + 1
 
-    hear(min(stop, total))
-    cuts.reverse()
-    hear(total)
-    assert told == list(range(total))
+def test_rows_of_a_prompt_alone_are_told_at_its_end() -> None:
+    progress = Progress(request(return_routing=True))
+    assert progress.take(GenerateChunk(id="g", routing=rows(0, 1))).routing is None
+    whole = progress.take(GenerateChunk(id="g", routing=rows(1, 2), finish_reason="length")).routing
+    assert whole is not None
+    assert whole.to_numpy()[:, 0, 0].tolist() == [0, 1]
+    progress.next_try()
+    with pytest.raises(MoeError, match="of 2 rows of routing 1") as caught:
+        progress.take(GenerateChunk(id="g", routing=rows(1, 2), finish_reason="length"))
+    assert caught.value.code == "chunk_lost"
