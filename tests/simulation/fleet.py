@@ -18,7 +18,6 @@ import services.expert.worker as expert_module
 import services.router.engine as engine_module
 import services.router.service as router_module
 import shared.bus as bus_module
-import shared.discovery as discovery_module
 import shared.status as status_module
 from services.expert.worker import Worker
 from services.gateway.admission import Admission
@@ -105,7 +104,9 @@ class Gateway:
             self.bus: Bus = context.bus
             routers = Replicas("router", DEPLOYMENT)
             await Fleet(tell=routers.observe).watch(self.bus)
-            self.admission = Admission(s.max_concurrent_requests, s.max_queued_requests, s.timeout_seconds)
+            self.admission = Admission(
+                s.max_concurrent_requests, s.max_queued_requests, s.timeout_seconds, s.max_queue_seconds
+            )
             self.generator = Generator(
                 self.bus,
                 DEPLOYMENT,
@@ -194,7 +195,6 @@ def stand_ins(server: SimulatedServer) -> Iterator[None]:
         for module, name, value in (
             (bus_module, "Connection", connection),
             (status_module, "psutil", SimpleNamespace(Process=NoProcess)),
-            (discovery_module, "answer", _nothing),
             (router_module, "Compute", SimulatedCompute),
             (router_module, "choose_model", lambda *_: SimulatedModel),
             (router_module, "DenseModel", SimulatedModel),
@@ -211,10 +211,6 @@ def stand_ins(server: SimulatedServer) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield
-
-
-async def _nothing(_bus: Bus) -> None:
-    return
 
 
 def _no_metrics(_settings: object, _is_ready: object) -> tuple[str, Callable[[], None]]:

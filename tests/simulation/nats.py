@@ -263,6 +263,7 @@ class SimulatedConnection:
         self.options: dict[str, Any] = {}
         self.max_payload = MAX_PAYLOAD
         self.is_closed = False
+        self.stats = {"reconnects": 0}
         self.name = ""
         self._subscriptions: dict[int, Subscription] = {}
         self._sids = itertools.count(1)
@@ -275,6 +276,10 @@ class SimulatedConnection:
     @property
     def is_connected(self) -> bool:
         return self.session is not None and not self.is_closed
+
+    @property
+    def can_send(self) -> bool:
+        return self.is_connected
 
     async def connect(self, _url: str, **options: Any) -> None:
         self.options = options
@@ -372,6 +377,7 @@ class SimulatedConnection:
         await self._disconnected()
         while not await self._reach():
             await asyncio.sleep(self.options["reconnect_time_wait"])
+        self.stats["reconnects"] += 1
         for subscription in self._subscriptions.values():
             self.write(("sub", subscription))
         await self._reconnected()

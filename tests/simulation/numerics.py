@@ -114,6 +114,8 @@ def oracle(request: GenerateRequest, moe_layers: int) -> tuple[list[int], list[T
     output: list[int] = []
     scores: list[TokenLogprob] = []
     counts: Counter[int] = Counter()
+    if not request.max_tokens:
+        return output, scores, "length"
     while True:
         x = digest(request.token_ids + output)
         for layer in range(moe_layers):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from services.router.messages import GenerateRequest, Sampling
 from shared.settings import DegradedMode
-from tests.simulation.numerics import EOS, VOCAB, oracle
+from tests.simulation.numerics import VOCAB, oracle
 
 Kind = Literal["gateway", "router", "expert"]
 Action = Literal["crash", "stop", "reset", "cut", "term", "slow", "nats"]
@@ -124,7 +124,7 @@ def _request(draw: random.Random, plan: Plan, number: int) -> Request:
     request = GenerateRequest(
         id=f"request-{number}",
         token_ids=[draw.randrange(1, VOCAB) for _ in range(draw.choice((1, 3, 9, 20)))],
-        max_tokens=draw.choice((1, 6, 12, 25)),
+        max_tokens=draw.choice((0, 1, 6, 12, 12, 25, 25)),
         sampling=sampling,
         stop_token_ids=draw.choice(([], [draw.randrange(VOCAB)])),
         ignore_eos=draw.random() < 0.5,
@@ -134,7 +134,7 @@ def _request(draw: random.Random, plan: Plan, number: int) -> Request:
     )
     tokens, scores, reason = oracle(request, plan.moe_layers)
     shown = tokens
-    if tokens[-1] in request.stop_token_ids or (tokens[-1] == EOS and not request.ignore_eos):
+    if reason == "stop":
         shown = tokens[:-1]
     text = "".join(CHARACTERS[token] for token in shown)
     stops: list[str] = []

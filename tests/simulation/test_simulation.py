@@ -133,7 +133,7 @@ def test_a_token_that_is_left_out_is_seen() -> None:
 
 
 def test_routing_that_is_told_twice_is_seen() -> None:
-    found = violations(Progress, "_routing", lambda _self, rows: rows, range(200))
+    found = violations(Progress, "_routing", lambda _self, chunk: chunk.routing, range(200))
     assert "rows of routing are not the" in found
 
 

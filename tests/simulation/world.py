@@ -39,6 +39,9 @@ AFTERMATH_SECONDS = 15.0
 """After a fault in which what follows may be its doing."""
 COUNTED = {"generation.resumed", "experts.stalled", "expert.takeover", "client.silent", "experts.skipped"}
 """Log events that a report counts."""
+REFUSALS = {"overloaded", "queue_timeout"}
+"""How a fleet with too much to do answers; the client may come back."""
+MOST_REFUSALS = 20
 RESTART_SECONDS = 0.5
 """Until a supervisor starts a process again that gave up."""
 
@@ -78,6 +81,8 @@ class World:
         ]
         self.nodes = [Node(kind, index) for kind, count in counts for index in range(count)]
         self._by_process: dict[Process, Node] = {}
+        self._refused: dict[str, float] = {}
+        """By request: in how many seconds its client should try again."""
         self._resumed: dict[str, float] = {}
         """By request: when it last went on with another router."""
         self.server.under_way = self._under_way
@@ -322,18 +327,34 @@ class World:
     # -- clients -----------------------------------------------------------------------------------------------------
 
     async def _client(self, request: Request) -> None:
+        """Send a request, again if it is refused, until it is answered."""
         await asyncio.sleep(request.at)
+        for _ in range(MOST_REFUSALS):
+            node = await self._open_gateway(request)
+            if node is None:
+                return
+            await self._send(node, request)
+            pause = self._refused.pop(request.request.id, None)
+            if pause is None:
+                return
+            self.report.counts["refused"] += 1
+            await asyncio.sleep(pause)
+        self.violate(f"{request.request.id} is refused {MOST_REFUSALS} times")
+
+    async def _open_gateway(self, request: Request) -> Node | None:
+        """The request's own, or, as nginx and the client's retry would have it, another, or the restarted one."""
         gateways = [n for n in self.nodes if n.kind == "gateway"]
         gateways = gateways[request.gateway :] + gateways[: request.gateway]
         deadline = self.loop.time() + 30
-        while True:  # nginx, and the client's retry, reach another gateway, or the restarted one
-            node = next((n for n in gateways if n.alive and n.service is not None and _open(n.service)), None)
-            if node is not None:
-                break
-            if self.loop.time() > deadline:
-                self.violate("no gateway is ready for 30 s")
-                return
+        while self.loop.time() < deadline:
+            for node in gateways:
+                if node.alive and node.service is not None and node.service.ready and not node.service.draining:
+                    return node
             await asyncio.sleep(0.1)
+        self.violate("no gateway is ready for 30 s")
+        return None
+
+    async def _send(self, node: Node, request: Request) -> None:
         assert node.process is not None
         name = request.request.id
         self.report.outcomes[name] = "running"
@@ -387,7 +408,7 @@ class World:
             if r.request.prompt_logprobs >= 0 and prompt_scores_told != prompt_scores(r.request):
                 self.violate(f"{name}: the prompt's log-probabilities are {prompt_scores_told}")
             if r.request.return_routing:
-                taken = routing_of((r.request.token_ids + r.tokens)[:-1], self.plan.moe_layers)
+                taken = routing_of(r.request.token_ids + r.tokens[:-1], self.plan.moe_layers)
                 if routing != taken:
                     self.violate(
                         f"{name}: {len(routing)} rows of routing are not the {len(taken)} that its tokens took"
@@ -395,7 +416,9 @@ class World:
         except MoeError as error:
             self.report.outcomes[name] = error.code
             self.say(f"{name}: {error.code}: {error.message}")
-            if not self._may_fail(error.code):
+            if error.code in REFUSALS and not tokens:
+                self._refused[name] = max(1.0, error.retry_after_seconds)
+            elif not self._may_fail(error.code):
                 self.violate(f"{name} fails: {error.code}: {error.message}")
         finally:
             del gateway.requests[own]
@@ -475,10 +498,6 @@ class World:
             self.violate(f"{node.name} ends with {node.task.exception()!r}")
         elif node.process.tasks:
             self.violate(f"{node.name} leaves tasks: {[t.get_name() for t in node.process.tasks]}")
-
-
-def _open(service: Any) -> bool:
-    return bool(service.ready and not service.draining)
 
 
 def simulate(seed: int, *, trace: bool = False) -> Report:
