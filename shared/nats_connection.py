@@ -40,6 +40,7 @@ class Connection(Client):
     """One connection to NATS."""
 
     _pending: list[bytes]
+    _pongs: list[asyncio.Future[bool]]
     _pending_data_size: int
     _reconnection_task: asyncio.Task[None] | None
 
@@ -101,6 +102,12 @@ class Connection(Client):
         BAD_MESSAGES.labels("headers").inc()
         log.info("bus.bad_headers", reason=reason)
         return None
+
+    async def _process_pong(self) -> None:
+        """Take a PONG that nobody waits for any more, too: nats-py would end its read loop over it."""
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
 
     # -- sending -----------------------------------------------------------------------------------------------------
 

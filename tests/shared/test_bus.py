@@ -491,6 +491,22 @@ async def test_a_server_that_stalls_with_bytes_unsent_gets_nothing_stale_after_i
     assert ends.seen == [b"after"], "something stale was delivered"
 
 
+async def test_a_flush_that_was_given_up_does_not_harm_the_connection(ends: Ends) -> None:
+    async def answer(message: Msg) -> None:
+        await ends.serving.reply(message, b"here")
+
+    await ends.serving.serve("echo", answer)
+    await in_force(ends.serving)
+    before = ends.asking.connection
+    assert ends.server.process is not None
+    ends.server.stall()
+    with pytest.raises(MoeError):
+        await ends.asking.flush(0.1)
+    os.kill(ends.server.process.process.pid, signal.SIGCONT)
+    assert await ends.asking.request("echo", b"", timeout=SOON) == b"here"
+    assert ends.asking.connection == before, "the same connection serves on"
+
+
 async def test_a_server_that_stalls_with_bytes_unsent_is_given_up(ends: Ends) -> None:
     ends.asking._client.options["ping_interval"] = 0.2  # from the second ping on; pings notice a half-open link
     ends.server.stall()
