@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import heapq
+import itertools
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context, ContextVar, copy_context
@@ -79,62 +80,22 @@ class Process:
         raise AssertionError(f"{self.name}: these tasks cannot be cancelled: {self.tasks}")
 
 
-class _Handle(asyncio.Handle):
-    __slots__ = ()
-
-    def _run(self) -> None:
-        owner = self._context.get(process)  # type: ignore[attr-defined]
-        if owner is not None and owner.stopped:
-            owner.hold(self)
-        else:
-            super()._run()
-
-
-class _TimerHandle(asyncio.TimerHandle):
-    __slots__ = ()
-
-    def _run(self) -> None:
-        owner = self._context.get(process)  # type: ignore[attr-defined]
-        if owner is not None and owner.stopped:
-            owner.hold(self)
-        else:
-            super()._run()
-
-
 NOBODY = Context()
 """The context of the network's and the world's callbacks, which no stopped process holds up."""
 
 
-class _Jump:
-    """Stands where the loop asks its selector to wait for files and for the next timer."""
-
-    def __init__(self, loop: SimulatedLoop) -> None:
-        self._loop = loop
-
-    def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise RuntimeError("deadlock: no timer is set and nothing is under way, yet something is waited for")
-        if timeout > 0:
-            self._loop.jump()
-        return []
-
-
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """An event loop without files, threads or waiting."""
+    """An event loop without files, threads or waiting. Timers of the same moment run in the order in which they were set."""
 
     def __init__(self) -> None:
         super().__init__()
         self._now = START
-        self._selector = _Jump(self)
-        self._clock_resolution = 1e-9
+        self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
+        self._numbers = itertools.count()
         self.set_task_factory(_task)  # type: ignore[arg-type]
 
     def time(self) -> float:
         return self._now
-
-    def jump(self) -> None:
-        """Move the clock to the next timer."""
-        self._now = max(self._now, self._scheduled[0]._when)  # type: ignore[attr-defined]
 
     def run_again(self, handles: list[asyncio.Handle]) -> None:
         self._ready.extend(handles)  # type: ignore[attr-defined]
@@ -142,21 +103,35 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        timer = _TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
-        timer._scheduled = True  # type: ignore[attr-defined]
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        heapq.heappush(self._timers, (when, next(self._numbers), timer))
         return timer
 
-    def _call_soon(self, callback: Callable[..., object], args: Any, context: Context | None) -> asyncio.Handle:
-        handle = _Handle(callback, args, self, context)
-        self._ready.append(handle)  # type: ignore[attr-defined]
-        return handle
-
-    def _process_events(self, event_list: list[Any]) -> None:
-        """Nothing: there are no files."""
-
-    def _write_to_self(self) -> None:
-        """Nothing: there are no threads to be woken by."""
+    def _run_once(self) -> None:
+        """What BaseEventLoop does, but that the clock jumps to the next timer when nothing else is to be done."""
+        ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
+        if not ready:
+            while timers and timers[0][2].cancelled():
+                heapq.heappop(timers)
+            if not timers:
+                raise RuntimeError("deadlock: no timer is set and nothing is under way, yet something is waited for")
+            self._now = max(self._now, timers[0][0])
+        while timers and timers[0][0] <= self._now:
+            ready.append(heapq.heappop(timers)[2])
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            owner = handle._context.get(process)
+            if owner is not None and owner.stopped:
+                owner.hold(handle)
+                continue
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.call_exception_handler({"message": f"exception in {handle!r}", "exception": error})
 
 
 def _task(

@@ -25,8 +25,6 @@ from shared.nats_connection import header_block
 from tests.simulation.loop import NOBODY, Process, SimulatedLoop, process
 
 MAX_PAYLOAD = 1024 * 1024
-TICK = 2e-9
-"""Between two messages of a connection, in seconds: timers of the same moment have no order."""
 LONGEST_SPIKE_SECONDS = 0.3
 NO_RESPONDERS = {"Status": "503"}
 
@@ -114,7 +112,7 @@ class SimulatedServer:
         elif session.blocked:
             session.to_server.append(item)
         else:
-            at = session.last_to_server = max(session.last_to_server + TICK, self.loop.time() + self.latency())
+            at = session.last_to_server = max(session.last_to_server, self.loop.time() + self.latency())
             self.loop.call_at(at, self._arrive, session, item, context=NOBODY)
 
     def send_to_client(self, session: Session, item: tuple[Any, ...]) -> None:
@@ -123,7 +121,7 @@ class SimulatedServer:
         elif session.blocked:
             session.to_client.append(item)
         else:
-            at = session.last_to_client = max(session.last_to_client + TICK, self.loop.time() + self.latency())
+            at = session.last_to_client = max(session.last_to_client, self.loop.time() + self.latency())
             self.loop.call_at(at, session.client.arrive, session, item, context=session.client.process.context)
 
     def crash(self) -> None:
