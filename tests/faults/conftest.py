@@ -29,21 +29,23 @@ def _is_the_tests(task: asyncio.Task[object]) -> bool:
 
 
 @pytest_asyncio.fixture(autouse=True, loop_scope="session")
-async def _nothing_is_left_behind() -> AsyncIterator[None]:
-    """As the fixture of that name for all tests; here a test may start the fleet's processes and connections anew.
+async def _nothing_is_left_behind(request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """As the fixture of that name for all tests; but a test of the fleet may start processes and connections anew.
 
-    `fleet` looks after those.
+    `fleet` looks after those processes.
     """
-    before = asyncio.all_tasks()
+    of_fleet = "whole_fleet" in request.fixturenames
+    tasks, children = asyncio.all_tasks(), set(psutil.Process().children())
     yield
 
-    def left() -> list[asyncio.Task[object]]:
-        new = asyncio.all_tasks() - before - {asyncio.current_task()}
-        return [task for task in new if not task.done() and _is_the_tests(task)]
+    def left() -> list[object]:
+        new = asyncio.all_tasks() - tasks - {asyncio.current_task()}
+        found: list[object] = [t for t in new if not t.done() and (_is_the_tests(t) or not of_fleet)]
+        return found if of_fleet else [*found, *(set(psutil.Process().children()) - children)]
 
     with contextlib.suppress(AssertionError):
-        await wait_until(lambda: not left(), "the test's tasks to end", TIDY_SECONDS)
-    assert not left(), "the test left tasks behind"
+        await wait_until(lambda: not left(), "the test's tasks and processes to end", TIDY_SECONDS)
+    assert not left(), "the test left tasks or processes behind"
 
 
 @pytest_asyncio.fixture(loop_scope="session")
