@@ -34,6 +34,8 @@ MAX_KEY_CHARACTERS = 255
 MAX_ANSWER_BYTES = 4 * MIB
 """Largest answer that is kept (a quarter of IDEMPOTENCY_CACHE_MB, if that is less)."""
 MAX_ENTRIES = 10_000
+MAX_BODIES = 8
+"""Computations hold the bodies of so many requests of the largest size, or of as many smaller ones as that makes."""
 POLL_SECONDS = 0.1
 """How often a repeat asks whether another gateway has finished."""
 CLOSE_SECONDS = 1.0
@@ -69,6 +71,7 @@ class Idempotency:
         ttl_seconds: float,
         max_bytes: int,
         max_running: int,
+        max_body_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._claims = claims
@@ -76,6 +79,8 @@ class Idempotency:
         self._max_bytes = max_bytes
         self._max_answer_bytes = min(MAX_ANSWER_BYTES, max_bytes // 4)
         self._max_running = max_running
+        self._max_body_bytes = max_body_bytes
+        self._body_bytes = 0
         self._clock = clock
         self._usage = Usage()
         self._running: dict[str, Recording] = {}
@@ -95,6 +100,7 @@ class Idempotency:
             ttl_seconds=settings.idempotency_ttl_seconds,
             max_bytes=settings.idempotency_cache_mb * MIB,
             max_running=settings.max_concurrent_requests + settings.max_queued_requests,
+            max_body_bytes=MAX_BODIES * settings.max_body_mb * MIB,
         )
 
     @property
@@ -192,14 +198,22 @@ class Idempotency:
     def _start(self, app: ASGIApp, scope: Scope, body: bytes, name: str, fingerprint: bytes) -> Recording:
         if self._closed:
             raise MoeError("draining", "the server is shutting down; try again in a moment")
-        if len(self._running) >= self._max_running:
-            text = f"{len(self._running)} requests with an Idempotency-Key are running; try again in a moment"
+        if self.running >= self._max_running:
+            text = f"{self.running} requests with an Idempotency-Key are running; try again in a moment"
             raise MoeError("overloaded", text)
+        # The gatekeeper counts bodies while their clients are there; these stay when the clients have gone.
+        if self._body_bytes + len(body) > self._max_body_bytes:
+            raise MoeError("overloaded", "too many large requests are under way; try again in a moment")
         recording = self._running[name] = Recording(name, fingerprint, self._usage, request_id.get())
         task = asyncio.create_task(self._run(app, scope, body, recording), name=f"idempotent:{name[:8]}")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._body_bytes += len(body)
+        task.add_done_callback(functools.partial(self._ended, len(body)))
         return recording
+
+    def _ended(self, body_bytes: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._body_bytes -= body_bytes
 
     async def _run(self, app: ASGIApp, scope: Scope, body: bytes, recording: Recording) -> None:
         """Get the answer: from another gateway that has it or is at it, or else from `app`."""

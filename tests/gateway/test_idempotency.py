@@ -142,7 +142,7 @@ async def server(app: Any) -> AsyncIterator[httpx.AsyncClient]:
 @contextlib.asynccontextmanager
 async def gateway(redis_url: str | None = None, **options: Any) -> AsyncIterator[Gateway]:
     redis = RedisClient(redis_url, "idempotency") if redis_url else None
-    given = {"ttl_seconds": 600, "max_bytes": 64 * MIB, "max_running": 100, **options}
+    given = {"ttl_seconds": 600, "max_bytes": 64 * MIB, "max_running": 100, "max_body_bytes": MIB, **options}
     store = Idempotency(Claims(redis, "demo-1", 600), **given)
     application = Application()
 
@@ -313,6 +313,22 @@ async def test_no_more_run_than_may() -> None:
         assert refused.headers["retry-after"]
         g.application.go.set()
         assert (await first).status_code == 200
+
+
+async def test_bodies_whose_clients_have_gone_are_bounded() -> None:
+    async with gateway(max_body_bytes=2500) as g:
+        g.application.go.clear()
+        asked = [g.asking(body="x" * 1000, **{"Idempotency-Key": name}) for name in ("a", "b")]
+        await wait_until(lambda: g.application.calls == 2, "both to run")
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        assert code(await g.post(body="x" * 1000)) == (429, "overloaded")
+        g.application.events.put_nowait(None)
+        assert (await g.post("/v1/stream", "small", **{"Idempotency-Key": "c"})).status_code == 200
+        g.application.go.set()
+        await wait_until(lambda: not g.store.running, "both to end")
+        assert (await g.post(body="x" * 1000)).status_code == 200
 
 
 # -- what is not kept -------------------------------------------------------------------------------------------------
