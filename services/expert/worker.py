@@ -137,7 +137,8 @@ class Worker:
         self._state.ready = True
         if self._settings.simulated_pair_ms is not None:
             log.warning("expert.simulated", pair_ms=self._settings.simulated_pair_ms)
-        await bus.flush()
+        with contextlib.suppress(MoeError):  # disconnected: the subscriptions and the report follow the reconnect
+            await bus.flush()
         await self._reporter.publish()
         log.info("expert.ready", instance=self._instance, deployment=self._deployment, shards=self._state.shards)
         while True:

@@ -156,7 +156,8 @@ class Router:
                 self._served.append(
                     await bus.serve(subject, handler, queue_group=group, capacity=s.max_waiting, workers=workers)
                 )
-            await bus.flush()
+            with contextlib.suppress(MoeError):  # disconnected: the subscriptions and the report follow the reconnect
+                await bus.flush()
             self._state = "ready"
             await self._reporter.publish()
             log.info("router.ready", instance=self._instance, deployment=self._deployment, kv_blocks=self._blocks)
