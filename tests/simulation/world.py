@@ -42,8 +42,6 @@ COUNTED = {"generation.resumed", "experts.stalled", "expert.takeover", "client.s
 REFUSALS = {"overloaded", "queue_timeout"}
 """How a fleet with too much to do answers; the client may come back."""
 MOST_REFUSALS = 20
-RESTART_SECONDS = 0.5
-"""Until a supervisor starts a process again that gave up."""
 
 
 @dataclass
@@ -212,23 +210,14 @@ class World:
         node.task = node.process.start(self._run(node), node.name)
 
     async def _run(self, node: Node) -> None:
+        owner = process.get()
         try:
             node.service = make_service(node.kind, node.name, self.plan)
             await node.service.run(node.shutdown)
-        except MoeError as error:
-            # Its supervisor starts it again, as it does with one that crashed.
-            self.say(f"{node.name} gives up: {error.message}")
-            if error.code != "bus_unavailable" or not self.plan.faults:
-                raise
-            if node.process is not None and not node.process.dead and not node.shutdown.is_set():
-                self.report.counts[f"gave up {node.kind}"] += 1
-                self.loop.call_later(RESTART_SECONDS, self._start_again, node, node.process, context=NOBODY)
-
-    def _start_again(self, node: Node, gave_up: Process) -> None:
-        if node.process is gave_up and not gave_up.dead:
-            gave_up.dead = True
-            node.generation += 1
-            self._start(node)
+        except Exception as error:
+            if owner is not None and not owner.dead:
+                self.violate(f"{node.name} gives up: {error!r}")
+            raise
 
     def _ready(self) -> bool:
         routers = [n for n in self.nodes if n.kind == "router" and n.alive]
