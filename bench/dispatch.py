@@ -120,7 +120,7 @@ async def measure(url: str, checkpoint: Checkpoint, rounds: int) -> dict[str, An
         question.result()
 
     with torch.no_grad():
-        sizes = [len(call.data) for call in experts._pack(0, hidden, index, weights)]  # noqa: SLF001
+        sizes = [len(call.data) for call in experts.question(0, hidden, index, weights)._calls]  # noqa: SLF001
     rows = [int((index % SHARDS == shard).any(dim=1).sum()) for shard in range(SHARDS)]
     answer_bytes = round(statistics.mean(rows)) * config.hidden_size * 2
     client = await nats.connect(url)

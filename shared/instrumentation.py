@@ -134,6 +134,9 @@ DISPATCH_HEDGES = Counter(
 RETRIES_REFUSED = Counter(
     "moe_dispatch_retries_refused_total", "times that the retry budget made an expert call wait", registry=REGISTRY
 )
+DISPATCH_AT_HOME = Counter(
+    "moe_dispatch_at_home_total", "expert calls for copies that were not there, made at home", registry=REGISTRY
+)
 DEGRADED_TOKENS = Counter(
     "moe_degraded_tokens_total", "tokens computed without some of their experts (DEGRADED_MODE=skip)", registry=REGISTRY
 )
@@ -155,6 +158,7 @@ TAKEOVER_SECONDS = Histogram(
     buckets=_TAKEOVER,
     registry=REGISTRY,
 )
+COPY_BYTES = Gauge("moe_copied_experts_bytes", "weights held of copies of other shards' experts", registry=REGISTRY)
 SHARD_BYTES = Gauge("moe_shard_weights_bytes", "weights held, by shard", ["shard"], registry=REGISTRY)
 
 # monitor
@@ -163,3 +167,10 @@ SHARD_REPLICAS = Gauge("moe_shard_replicas", "ready workers of a shard", ["deplo
 SHARDS_MISSING = Gauge("moe_shards_missing", "shards that no ready worker serves", ["deployment"], registry=REGISTRY)
 EVENTS = Counter("moe_events_total", "events published", ["kind"], registry=REGISTRY)
 STATE_STORED = Gauge("moe_state_stored", "1: the monitor's state is in JetStream, 0: it is not", registry=REGISTRY)
+SHARD_IMBALANCE = Gauge(
+    "moe_shard_imbalance",
+    "most loaded shard over the mean: expected of the moving average by the plan, measured by the routers lately",
+    ["deployment", "kind"],
+    registry=REGISTRY,
+)
+PLAN_EPOCH = Gauge("moe_plan_epoch", "number of the plan that is told", ["deployment"], registry=REGISTRY)

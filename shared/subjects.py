@@ -7,9 +7,10 @@ import re
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
 
 STATUS_ALL = "moe.status.>"
+PLAN_ALL = "moe.*.plan"
 ROUTER_QUEUE = "router"
-KINDS = ("generate", "forward", "experts", "worker", "control")
-EVENT_KINDS = ("alert", "rollout", "scaling", "takeover")
+KINDS = ("generate", "forward", "experts", "worker", "control", "plan")
+EVENT_KINDS = ("alert", "rebalance", "rollout", "scaling", "takeover")
 """Of `moe.events.<kind>`; `audit` is not among them, as no subject may be in two streams."""
 
 
@@ -62,6 +63,24 @@ def worker(deployment: str, instance: str) -> str:
     return f"moe.{token(deployment)}.worker.{token(instance)}"
 
 
+def plan(deployment: str) -> str:
+    """Where the monitor tells which experts have copies."""
+    return f"moe.{token(deployment)}.plan"
+
+
+def parse_plan(subject: str) -> str:
+    """The deployment of a plan's subject; the inverse of `plan`.
+
+    Raises:
+        ValueError: if it is none.
+
+    """
+    parts = subject.split(".")
+    if len(parts) != 3 or parts[0] != "moe" or parts[2] != "plan":
+        raise ValueError(f"{subject!r} is not a plan's subject")
+    return token(parts[1])
+
+
 def status(service: str, instance: str) -> str:
     return f"moe.status.{token(service)}.{token(instance)}"
 
@@ -88,7 +107,7 @@ def event(kind: str) -> str:
 
 
 def kind(subject: str) -> str:
-    """Which form `subject` has: generate, forward, experts, worker, control, or other."""
+    """Which form `subject` has: generate, forward, experts, worker, control, plan, or other."""
     parts = subject.split(".")
     found = "control" if parts[1:2] == ["control"] else parts[2] if len(parts) > 2 else ""
     return found if parts[0] == "moe" and found in KINDS else "other"

@@ -6,10 +6,16 @@ from typing import Annotated
 
 import msgspec
 
+from shared.status import MAX_LAYERS, MAX_SHARDS
 from shared.wire import Message
+
+PARTS = 256
+"""Into so many parts a plan splits an expert's tokens."""
+MAX_SPLIT_EXPERTS = 65_536
 
 Epoch = Annotated[int, msgspec.Meta(ge=1)]
 Shard = Annotated[int, msgspec.Meta(ge=0)]
+HostShard = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SHARDS)]
 
 
 class Event(Message, frozen=True, kw_only=True):
@@ -90,3 +96,50 @@ class Roster(Message, frozen=True, kw_only=True):
     alerts: tuple[OpenAlert, ...]
     unwritten: tuple[AuditRecord, ...] = ()
     """Records of the last change that may not be in the stream yet."""
+
+
+class SplitExpert(msgspec.Struct, frozen=True, kw_only=True):
+    """An expert whose tokens are not all for its own shard, e mod S."""
+
+    layer: Annotated[int, msgspec.Meta(ge=0, lt=MAX_LAYERS)]
+    """Its number among the MoE layers, from 0."""
+    expert: Annotated[int, msgspec.Meta(ge=0, lt=MAX_SPLIT_EXPERTS)]
+    shards: Annotated[
+        tuple[tuple[HostShard, Annotated[int, msgspec.Meta(ge=1, le=PARTS)]], ...],
+        msgspec.Meta(min_length=1, max_length=PARTS),
+    ]
+    """(shard, how many of PARTS parts of its tokens), ascending; the parts add up to PARTS."""
+
+    def __post_init__(self) -> None:
+        """Check what the fields' types do not say.
+
+        Raises:
+            ValueError: shards that do not ascend, or parts that do not add up.
+
+        """
+        shards = [shard for shard, _ in self.shards]
+        if shards != sorted(set(shards)):
+            raise ValueError("shards must ascend")
+        if sum(parts for _, parts in self.shards) != PARTS:
+            raise ValueError(f"parts must add up to {PARTS}")
+
+
+class ExpertPlan(Message, frozen=True, kw_only=True):
+    """`moe.<d>.plan`, and `plan.<d>` in the bucket moe-state: which experts have copies, and who gets their tokens.
+
+    A shard always holds its own experts, e mod S, whatever a plan says: so nobody depends on having heard of it.
+    """
+
+    epoch: Epoch
+    """Grows with each plan, and never goes back."""
+    num_shards: Annotated[int, msgspec.Meta(ge=1, le=MAX_SHARDS)]
+    """S, for which it is made; with another S it means nothing."""
+    experts: Annotated[tuple[SplitExpert, ...], msgspec.Meta(max_length=MAX_SPLIT_EXPERTS)] = ()
+    """Those that are split; all others are for their own shards alone."""
+    time: float
+    """Unix seconds."""
+    before: float
+    """The imbalance (most loaded shard over the mean) of the load that it was made for, without it."""
+    expected: float
+    """And with it."""
+    reason: str

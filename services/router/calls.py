@@ -59,6 +59,11 @@ class Message(Protocol):
     @property
     def data(self) -> bytes: ...
 
+    @property
+    def moved(self) -> bool:
+        """Whether it may be asked of other shards instead: then it is given up as soon as this one cannot."""
+        ...
+
 
 @dataclass(eq=False, slots=True)
 class Open:
@@ -230,6 +235,10 @@ class Calls:
         instance = call.under_way.pop(sending)
         shard = call.message.shard
         call.reason = reason = "no_responders" if isinstance(error, NoRespondersError) else error.code
+        if reason == "wrong_shard" and call.message.moved:  # the worker is there, and lacks a copy
+            if not call.under_way:
+                call.error = error
+            return
         if reason in GONE:
             self._workers.gone(instance)
         elif reason not in BUSY:
@@ -294,6 +303,9 @@ class Calls:
     def _unserved(self, call: Open, now: float) -> bool:
         """Whether the call is given up now, as nobody has served its shard for too long."""
         shard = call.message.shard
+        if call.message.moved:
+            self._give_up(call, "no worker serves it")
+            return True
         since = max(self._unserved_since.setdefault(shard, now), self._workers.last_served(shard))
         if now - since < self._recovery_seconds:
             return False

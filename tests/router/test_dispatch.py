@@ -241,7 +241,7 @@ def test_packing_loses_no_pair_and_fits_the_bus(
     config = configuration(num_local_experts=EXPERTS)
     asking = Calls(small_bus, "d", Replicas("expert", "d"), num_shards=shards, timeout_seconds=1, recovery_seconds=1)
     experts = BusExperts(small_bus, config, asking, num_shards=shards)
-    calls = experts._pack(0, hidden, index, weights)
+    calls = experts.question(0, hidden, index, weights)._calls
     seen = []
     for call in calls:
         assert len(call.data) <= small_bus.max_payload
