@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,16 +115,23 @@ class ExpertBank:
             return 3 * self._inner * hidden + (2 * self._inner + hidden) * torch.bfloat16.itemsize
         return 3 * self._inner * hidden * self._compute_dtype.itemsize
 
-    def bytes_of(self, experts: Iterable[int]) -> int:
-        """Bytes that these experts' weights take in memory, all layers together."""
-        return self._expert_bytes * len(self.config.moe_layers) * len(list(experts))
+    def bytes_of(self, experts: Iterable[int], *, num_layers: int | None = None) -> int:
+        """Bytes that these experts' weights take in memory, in so many layers or all of them."""
+        layers = len(self.config.moe_layers) if num_layers is None else num_layers
+        return self._expert_bytes * layers * len(list(experts))
 
-    def load(self, experts: Iterable[int], on_bytes: Callable[[int], None] = lambda _: None) -> None:
-        """Read the tensors of `experts` in every MoE layer, one after another; gate and up become one matrix.
+    def load(
+        self,
+        experts: Iterable[int],
+        on_bytes: Callable[[int], None] = lambda _: None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """Read the tensors of `experts`, one after another; gate and up become one matrix.
 
         Args:
             experts: which; what is there already is not read again.
             on_bytes: called with the bytes that each expert of a layer takes in memory, once it is there.
+            layers: indices of the layers in which; None: every MoE layer.
 
         Raises:
             CheckpointError: a tensor is missing, of another shape, or unreadable.
@@ -137,7 +144,7 @@ class ExpertBank:
         down = torch.empty(c.hidden_size, c.moe_intermediate_size, dtype=self._dtype, device=self._device)
         wide = [torch.empty_like(w, dtype=torch.float32) for w in (gate_up, down)] if self._widen else []
         with TensorReader(self._checkpoint.tensors, self._device, lambda _: None) as reader:
-            for layer in c.moe_layers:
+            for layer in c.moe_layers if layers is None else layers:
                 for expert in wanted:
                     if (layer, expert) not in self._loaded:
                         self._read(reader, layer, expert, gate_up, down)
@@ -149,6 +156,14 @@ class ExpertBank:
                         self._keep(layer, expert, *matrices)
                         self._loaded.add((layer, expert))
                         on_bytes(self._expert_bytes)
+
+    def drop(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Give up the weights of these (layer, expert); nobody may be computing with them."""
+        for key in keys:
+            self._loaded.discard(key)
+            self._weights.pop(key, None)
+            if self._compiled:
+                self._compiled.remove(*key)
 
     def _keep(self, layer: int, expert: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Prune, quantize and lay out one expert, given as [2I, H] and [H, I], which are written to again later."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +14,12 @@ import structlog
 import torch
 from nats.aio.msg import Msg
 
+from services.expert.copies import Copies, Key
 from services.expert.messages import ExpertsReply, ExpertsRequest
 from services.expert.options import choose_options
 from services.expert.placement import choose_shards, shards_to_hand_over
 from services.expert.watch import Loss, Watch
-from services.monitor.messages import Event
+from services.monitor.messages import Event, ExpertPlan
 from shared import subjects, wire
 from shared.bus import REQUEST_ID, Bus, NoRespondersError, Served, deadline, raise_if_expired
 from shared.checkpoint import Checkpoint
@@ -25,7 +27,15 @@ from shared.compute import Compute, give_back_memory, select_device, select_dtyp
 from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.experts import ExpertBank, shard_experts
 from shared.histogram import Histogram
-from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES, TAKEOVER_SECONDS
+from shared.instrumentation import (
+    BAD_MESSAGES,
+    COPY_BYTES,
+    EXPERT_CALLS,
+    EXPERT_ERRORS,
+    EXPERT_SECONDS,
+    SHARD_BYTES,
+    TAKEOVER_SECONDS,
+)
 from shared.logs import request_id, safe_request_id
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import ExpertSettings
@@ -44,6 +54,8 @@ LOOK_SECONDS = 0.1
 """How often a worker looks whether another is lost."""
 PROBE_SECONDS = 2.0
 """How long an answer to a probe is waited for; who is late lives."""
+COPY_PAUSE_SECONDS = 5.0
+"""After a copy could not be loaded."""
 HAND_OVER_SHARE = 0.7
 """Of GRACE_SECONDS: how long a worker that drains waits for another to take its shards over."""
 
@@ -109,6 +121,9 @@ class Worker:
         )
         self._base = base_status(settings, "expert", self._instance, self._address)
         self._owned: frozenset[int] = frozenset()
+        self._copies = Copies(self._config.moe_layers, self._config.num_experts, settings.expert_shards)
+        self._placing = asyncio.Lock()
+        """Held by whoever loads or drops, so that nothing is dropped that another counts on."""
         self._noted: set[str] = set()
 
     async def run(self, shutdown: asyncio.Event) -> None:
@@ -117,12 +132,14 @@ class Worker:
             async with service_context(self._settings, "expert", self._instance, self._status) as context:
                 self._reporter: StatusReporter = context.reporter
                 await self._fleet.watch(context.bus)
+                await context.bus.watch(subjects.plan(self._deployment), self._on_plan)
                 watching = asyncio.create_task(self._keep_watch(context.bus), name="watch")
+                copying = asyncio.create_task(self._keep_copies(), name="copies")
                 try:
                     await until(shutdown, self._live(context.bus))
                     await self._drain(context.bus)
                 finally:
-                    tasks = [watching, *self._probes]
+                    tasks = [watching, copying, *self._probes]
                     for task in tasks:
                         task.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
@@ -177,6 +194,7 @@ class Worker:
             latencies={"compute": self._seconds.counts()},
             queue_limit=self._settings.max_pending_calls * len(self._served),
             cores=float(torch.get_num_threads()),
+            epoch=self._copies.epoch(s.shards),
         )
 
     # -- placement ---------------------------------------------------------------------------------------------------
@@ -258,6 +276,10 @@ class Worker:
 
     async def _take(self, bus: Bus, shards: tuple[int, ...]) -> None:
         """Load `shards`, warm them up, and subscribe to them."""
+        async with self._placing:
+            await self._load_and_serve(bus, shards)
+
+    async def _load_and_serve(self, bus: Bus, shards: tuple[int, ...]) -> None:
         self._state.wanted = tuple(sorted({*self._state.wanted, *shards}))
         num_experts, num_shards = self._config.num_experts, self._settings.expert_shards
         for shard in shards:
@@ -281,18 +303,89 @@ class Worker:
             self._served.append(served)
         self._state.wanted = tuple(s for s in self._state.wanted if s not in shards)
         self._state.shards = tuple(sorted({*self._state.shards, *shards}))
+        own = frozenset(key for key in self._copies.held if key[1] in self._owned)
+        self._copies.held -= own  # which are ours now, and stay
+        self._state.total_bytes -= self._bytes_of_copies(own)
+
+    # -- copies of other shards' experts -----------------------------------------------------------------------------
+
+    def _on_plan(self, message: Msg) -> None:
+        try:
+            plan = wire.decode(ExpertPlan, message.data)
+        except BadMessageError:
+            BAD_MESSAGES.labels("plan").inc()
+            return
+        if self._copies.tell(plan):
+            log.info("plan.heard", epoch=plan.epoch, to_load=len(self._copies.missing(self._state.shards)))
+
+    async def _keep_copies(self) -> None:
+        """Load what the plan adds to this worker's shards, and drop what nobody needs any more."""
+        while not self._state.draining:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                if self._state.ready:
+                    await self._load_copies()
+                    await self._drop_copies()
+            except Exception:  # home copies serve meanwhile
+                if not self._state.draining:
+                    log.exception("copies.failed")
+                    await asyncio.sleep(COPY_PAUSE_SECONDS)
+
+    async def _load_copies(self) -> None:
+        """Layer by layer, so that a shard that is to be taken over need not wait for all."""
+        start, count = time.monotonic(), 0
+        while not self._state.draining:
+            async with self._placing:
+                missing = self._copies.missing(self._state.shards)
+                if not missing:
+                    break
+                layer = missing[0][0]
+                experts = [e for each, e in missing if each == layer]
+                keys = frozenset((layer, e) for e in experts)
+                self._state.total_bytes += self._bytes_of_copies(keys)
+                try:
+                    await self._loading(self._bank.load, experts, self._on_bytes, (layer,))
+                    for expert in experts:
+                        await self._compute(self._warm_up, expert, (layer,))
+                except BaseException:
+                    self._state.total_bytes -= self._bytes_of_copies(keys)
+                    raise
+                self._copies.held |= keys
+                count += len(keys)
+        if count:
+            COPY_BYTES.set(self._bytes_of_copies(self._copies.held))
+            epoch = self._copies.epoch(self._state.shards)
+            log.info("copies.loaded", epoch=epoch, copies=count, seconds=round(time.monotonic() - start, 3))
+            await self._reporter.publish()
+
+    async def _drop_copies(self) -> None:
+        routers = [s for s in self._fleet.live("router") if s.deployment == self._deployment and s.state == "ready"]
+        if not self._copies.spare(self._state.shards, routers, time.monotonic()):
+            return
+        async with self._placing:
+            spare = self._copies.spare(self._state.shards, routers, time.monotonic())
+            self._copies.held -= spare  # from here on calls for them are refused, and those before are computed first
+            await self._compute(self._bank.drop, spare)
+            self._state.total_bytes -= self._bytes_of_copies(spare)
+            self._state.loaded_bytes -= self._bytes_of_copies(spare)
+            await self._loading(give_back_memory)
+        COPY_BYTES.set(self._bytes_of_copies(self._copies.held))
+        log.info("copies.dropped", copies=len(spare))
+
+    def _bytes_of_copies(self, keys: frozenset[Key]) -> int:
+        return self._bank.bytes_of((expert for _, expert in keys), num_layers=1) if keys else 0
 
     def _on_bytes(self, count: int) -> None:
         if self._state.draining:
             raise MoeError("draining", "the worker is shutting down")
         self._state.loaded_bytes += count
 
-    def _warm_up(self, expert: int) -> None:
+    def _warm_up(self, expert: int, layers: Sequence[int] | None = None) -> None:
         """First calls pay for kernels and pages; let them be ours."""
         hidden = torch.zeros(1, self._config.hidden_size, dtype=self._dtype, device=self._device)
         zero = torch.zeros(1, dtype=torch.int64, device=self._device)
         weights = torch.ones(1, device=self._device)
-        for layer in self._config.moe_layers:
+        for layer in self._config.moe_layers if layers is None else layers:
             self._bank.compute(layer, hidden, zero, zero + expert, weights)
 
     async def _drain(self, bus: Bus) -> None:
@@ -387,7 +480,7 @@ class Worker:
         if pairs and (tokens.min() < 0 or tokens.max() >= hidden.shape[0]):
             raise BadMessageError(f"token_index is outside the {hidden.shape[0]} rows of hidden_states")
         for expert in set(expert_index.tolist()):
-            if expert not in self._owned:
+            if expert not in self._owned and (request.layer, expert) not in self._copies.held:
                 raise MoeError("wrong_shard", f"expert {expert} is not hosted by {self._instance}")
         return Work(request.layer, hidden, token_index, expert_index, weights)
 

@@ -44,7 +44,7 @@ class CompiledExperts:
         self._dtype = dtype
         self._outputs, self._padded_inner = whole(hidden, TILE), whole(inner, HALF)
         self._tables: dict[int, ctypes.Array[_Expert]] = {}
-        self._kept: list[torch.Tensor] = []
+        self._kept: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     @property
     def expert_bytes(self) -> int:
@@ -76,7 +76,7 @@ class CompiledExperts:
             pack(down, inputs=self._padded_inner, tiles=self._outputs // TILE),
         )
         entry = _Expert(packed[0].data_ptr(), None, packed[1].data_ptr(), None)
-        self._kept += packed
+        kept = [*packed]
         if scales is not None:
             gate, up = torch.zeros(2, self._padded_inner)
             gate[: self._inner], up[: self._inner] = scales[0].chunk(2)
@@ -84,9 +84,15 @@ class CompiledExperts:
             down_scale = torch.zeros(self._outputs)
             down_scale[: self._hidden] = scales[1]
             entry.gate_up_scale, entry.down_scale = gate_up_scale.data_ptr(), down_scale.data_ptr()
-            self._kept += (gate_up_scale, down_scale)
+            kept += (gate_up_scale, down_scale)
+        self._kept[layer, expert] = kept
         table = self._tables.setdefault(layer, (_Expert * self._num_experts)())
         table[expert] = entry
+
+    def remove(self, layer: int, expert: int) -> None:
+        """Give up one expert's weights, if they are there; nobody may be computing with them."""
+        if self._kept.pop((layer, expert), None) is not None:
+            self._tables[layer][expert] = _Expert()
 
     def compute(
         self,
