@@ -181,6 +181,21 @@ class ExpertSettings(ComputeSettings):
 class MonitorSettings(ServiceSettings):
     stale_seconds: float = Field(5, gt=0, le=600, description="a silent instance counts as down after this")
 
+    rebalance: Literal["on", "off"] = Field("on", description="on: copy hot experts to other shards")
+    rebalance_threshold: float = Field(
+        1.5, ge=1, le=1024, description="do so when the most loaded shard has so many times the mean"
+    )
+    rebalance_extra_experts: int = Field(
+        2, ge=0, le=1024, description="most copies per shard and MoE layer, beside the shard's own experts"
+    )
+    rebalance_half_life_seconds: float = Field(
+        120, gt=0, le=86_400, description="after this a token counts half in the average load of its experts"
+    )
+    rebalance_min_tokens: int = Field(
+        2000, ge=1, le=1_000_000_000, description="least tokens per MoE layer in that average"
+    )
+    rebalance_interval_seconds: float = Field(60, ge=1, le=86_400, description="least time between two plans")
+
 
 S = TypeVar("S", bound=ServiceSettings)
 

@@ -92,6 +92,8 @@ class Status(wire.Message, frozen=True, kw_only=True):
     """Of the placement: workers have loaded it, routers dispatch by it; 0: none was told."""
     expert_tokens: Annotated[tuple[tuple[Count, ...], ...], msgspec.Meta(max_length=MAX_LAYERS)] = ()
     """Routers: tokens sent to each expert since the start, [MoE layers][experts]."""
+    shard_tokens: Annotated[tuple[tuple[Count, ...], ...], msgspec.Meta(max_length=MAX_LAYERS)] = ()
+    """Routers: pairs of a token and an expert sent to each shard since the start, [MoE layers][shards]."""
     state_stored: bool = False
     """Monitors: whether their state is kept in JetStream now."""
 

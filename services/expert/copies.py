@@ -36,18 +36,6 @@ def copies_of(plan: ExpertPlan, shards: Iterable[int], moe_layers: Sequence[int]
     )
 
 
-def fits(plan: ExpertPlan, num_layers: int, num_experts: int, num_shards: int) -> bool:
-    """Whether `plan` is for a model of L MoE layers and E experts, in S shards."""
-    return plan.num_shards == num_shards and all(
-        e.layer < num_layers and e.expert < num_experts and e.shards[-1][0] < num_shards for e in plan.experts
-    )
-
-
-def newer(plan: ExpertPlan, than: ExpertPlan | None) -> bool:
-    """Whether `plan` replaces `than`. Of one epoch there can be two, by two monitors that did not hear each other."""
-    return than is None or (plan.epoch, plan.time) > (than.epoch, than.time)
-
-
 class Copies:
     """What one worker holds, and by which plan."""
 
@@ -63,7 +51,7 @@ class Copies:
 
     def tell(self, plan: ExpertPlan) -> bool:
         """Take note of a plan that was heard; whether it is a new one for this model."""
-        if not newer(plan, self._plan) or not fits(plan, len(self._moe_layers), self._num_experts, self._num_shards):
+        if not plan.replaces(self._plan) or not plan.fits(len(self._moe_layers), self._num_experts, self._num_shards):
             return False
         self._last, self._plan, self._followed_since = self._plan, plan, None
         return True

@@ -216,7 +216,7 @@ def decide(
         num_shards: S.
         policy: when, and at what cost.
         now: Unix seconds.
-        floor: the highest epoch in use. If that is above `plan`'s, what it said is lost, and one is made at once.
+        floor: the highest epoch in use. If that is above `plan`'s, what it said is lost: one is made anew.
 
     """
     epoch = plan.epoch if plan else 0
@@ -224,12 +224,14 @@ def decide(
     lost = floor > epoch
     enough = float(tokens.sum(axis=1).max(initial=0.0)) >= policy.min_tokens
     was = imbalance(loads(tokens, before))
+    if not enough:
+        return None
     if not lost:
-        if not enough or was <= policy.threshold or num_shards < 2:
+        if was <= policy.threshold:
             return None
         if plan is not None and now - plan.time < policy.interval_seconds:
             return None
-    after = balanced(tokens, before, policy.extra_experts) if enough and was > policy.threshold else before
+    after = balanced(tokens, before, policy.extra_experts) if was > policy.threshold else before
     expected = imbalance(loads(tokens, after))
     if not lost and expected > CLEARLY_BETTER * was:
         return None

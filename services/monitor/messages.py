@@ -143,3 +143,13 @@ class ExpertPlan(Message, frozen=True, kw_only=True):
     expected: float
     """And with it."""
     reason: str
+
+    def fits(self, num_layers: int, num_experts: int, num_shards: int) -> bool:
+        """Whether it is for a model of L MoE layers and E experts, in S shards."""
+        return self.num_shards == num_shards and all(
+            e.layer < num_layers and e.expert < num_experts and e.shards[-1][0] < num_shards for e in self.experts
+        )
+
+    def replaces(self, other: ExpertPlan | None) -> bool:
+        """Whether it is the newer one. Of one epoch there can be two, by monitors that did not hear each other."""
+        return other is None or (self.epoch, self.time) > (other.epoch, other.time)

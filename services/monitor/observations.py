@@ -7,7 +7,7 @@ nobody reported is None, and neither ever counts as zero.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shared.histogram import Counts, added, quantile, since
@@ -39,6 +39,8 @@ class Measured:
     cache_hits: int = 0
     expert_tokens: tuple[tuple[int, ...], ...] = ()
     """Routers: [MoE layers][experts]."""
+    shard_tokens: tuple[tuple[int, ...], ...] = ()
+    """Routers: [MoE layers][shards]."""
 
     @property
     def fresh(self) -> bool:
@@ -146,16 +148,18 @@ class History:
             latencies={name: since(first.latencies.get(name, ()), counts) for name, counts in last.latencies.items()},
             cache_lookups=_grown(first.cache_lookups, last.cache_lookups),
             cache_hits=_grown(first.cache_hits, last.cache_hits),
-            expert_tokens=tuple(
-                tuple(_grown(old, new) for old, new in zip(before, row, strict=False))
-                for before, row in zip(_rows(first, last), last.expert_tokens, strict=False)
-            ),
+            expert_tokens=_rows_grown(first.expert_tokens, last.expert_tokens),
+            shard_tokens=_rows_grown(first.shard_tokens, last.shard_tokens),
         )
 
 
-def _rows(first: Status, last: Status) -> Iterable[Sequence[int]]:
-    """The first report's rows, or zeros where it had none yet."""
-    return first.expert_tokens or [[0] * len(row) for row in last.expert_tokens]
+def _rows_grown(before: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """What each figure has grown by; from zero, where there was no row yet."""
+    before = before or [[0] * len(row) for row in now]
+    return tuple(
+        tuple(_grown(old, new) for old, new in zip(was, row, strict=False))
+        for was, row in zip(before, now, strict=False)
+    )
 
 
 def _grown(before: int, now: int) -> int:

@@ -12,6 +12,7 @@ import structlog
 import torch
 from nats.aio.msg import Msg
 
+from services.monitor.messages import ExpertPlan
 from services.router.calls import Calls
 from services.router.dispatch import BusExperts
 from services.router.engine import Engine
@@ -29,6 +30,7 @@ from services.router.messages import (
 )
 from services.router.model import DenseModel, Routing
 from services.router.options import choose_model
+from services.router.routes import Routes
 from services.router.scheduler import Scheduler
 from services.router.sequence import Sequence
 from shared import subjects, wire
@@ -37,6 +39,7 @@ from shared.checkpoint import Checkpoint
 from shared.compute import Compute, keep_freed_memory, select_device, select_dtype, set_threads
 from shared.errors import BadMessageError, MoeError, StartError
 from shared.instrumentation import (
+    BAD_MESSAGES,
     EXPERT_TOKENS,
     KV_CACHE_USAGE,
     PROMPT_LENGTH,
@@ -72,7 +75,8 @@ class Router:
         self._compute = Compute()
         self._instance = instance_name(settings, "router")
         self._workers = Replicas("expert", self._deployment)
-        self._fleet = Fleet(CLIENT_SILENCE_SECONDS, tell=self._workers.observe)
+        self._routes = Routes(self._deployment, len(config.moe_layers), config.num_experts, settings.expert_shards)
+        self._fleet = Fleet(CLIENT_SILENCE_SECONDS, tell=self._on_status)
         self._known_clients: set[str] = set()
         self._served: list[Served] = []
         self._replies: dict[str, str] = {}
@@ -110,6 +114,7 @@ class Router:
             async with service_context(self._settings, "router", self._instance, self._status) as context:
                 self._reporter: StatusReporter = context.reporter
                 await self._fleet.watch(context.bus)
+                await context.bus.watch(subjects.plan(self._deployment), self._on_plan)
                 await until(shutdown, self._live(context.bus))
                 await self._drain(context.bus)
         finally:
@@ -195,6 +200,25 @@ class Router:
             raise MoeError("draining", "the router is shutting down")
         self._loaded_bytes += count
 
+    def _on_status(self, status: Status, now: float) -> None:
+        self._workers.observe(status, now)
+        self._routes.observe(status, now)
+        self._follow()
+
+    def _on_plan(self, message: Msg) -> None:
+        try:
+            plan = wire.decode(ExpertPlan, message.data)
+        except BadMessageError:
+            BAD_MESSAGES.labels("plan").inc()
+            return
+        self._routes.tell(plan, time.monotonic())
+        self._follow()
+
+    def _follow(self) -> None:
+        """Dispatch by the plan that is to be followed now; the questions that were packed before go as they are."""
+        if self._experts is not None:
+            self._experts.table = self._routes.table
+
     def _status(self) -> Status:
         engine = self._engine
         return msgspec.structs.replace(
@@ -216,14 +240,18 @@ class Router:
             queue_limit=self._settings.max_waiting,
             cores=float(torch.get_num_threads()),
             expert_tokens=tuple(tuple(row) for row in self._experts.tokens.tolist()) if self._experts else (),
+            shard_tokens=tuple(tuple(row) for row in self._experts.shard_tokens.tolist()) if self._experts else (),
+            epoch=self._routes.epoch,
         )
 
     async def _keep_house(self, engine: Engine, experts: BusExperts) -> None:
-        """Once a second: gauges, expert tokens, and clients that have fallen silent."""
+        """Once a second: gauges, expert tokens, clients that have fallen silent, and the plan."""
         while True:
             try:
                 self._export(engine, experts)
                 self._cancel_silent(engine, time.monotonic())
+                self._routes.look({s.instance for s in self._fleet.live("expert")}, time.monotonic())
+                self._follow()
             except Exception:  # a figure that cannot be exported must not end the ones after it
                 log.exception("housekeeping.failed")
             await asyncio.sleep(1)
