@@ -113,6 +113,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Deployment": {"v": 1},
     "Placement": {"v": 1, "unwritten": []},
     "Roster": {"v": 1, "unwritten": []},
+    "ExpertPlan": {"v": 1, "experts": []},
     "Status": {
         "v": 1,
         "deployment": "",
@@ -147,6 +148,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "cache_hits": 0,
         "epoch": 0,
         "expert_tokens": [],
+        "shard_tokens": [],
         "state_stored": False,
     },
 }
@@ -206,6 +208,14 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "Roster": {
         "members": [{"service": "router", "instance": "router-1", "draining": False}],
         "alerts": [{"kind": "shard_without_replica", "subject": "demo-3f2a91bc/1"}],
+    },
+    "ExpertPlan": {
+        "epoch": 2,
+        "num_shards": 2,
+        "time": 1767225600.5,
+        "before": 1.75,
+        "expected": 1.0,
+        "reason": "the most loaded shard has 1.75 times the mean",
     },
 }
 
@@ -358,6 +368,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
             "errors": {"queue_timeout": 1},
             "epoch": 3,
             "expert_tokens": [[10, 20], [15, 15]],
+            "shard_tokens": [[10, 20], [15, 15]],
         },
     ),
     (
@@ -395,6 +406,18 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
             ],
             "alerts": [{"kind": "shard_without_replica", "subject": "demo-3f2a91bc/1"}],
             "unwritten": [{"v": 1, **RECORD}],
+        },
+    ),
+    (
+        "plan: every field",
+        "ExpertPlan",
+        {
+            "v": 1,
+            **MINIMAL["ExpertPlan"],
+            "experts": [
+                {"layer": 0, "expert": 4, "shards": [[0, 64], [1, 192]]},
+                {"layer": 1, "expert": 3, "shards": [[0, 256]]},
+            ],
         },
     ),
 ]
@@ -586,6 +609,26 @@ def hostile_values() -> list[tuple[str, str, dict[str, Any]]]:
         ("Placement", "a negative shard", {"shards": [[-1, ["expert-1"]]]}),
         ("Placement", "a shard without workers", {"shards": [[0]]}),
         ("Placement", "shards as a map", {"shards": {"0": ["expert-1"]}}),
+        ("ExpertPlan", "an epoch of 0", {"epoch": 0}),
+        ("ExpertPlan", "no shards", {"num_shards": 0}),
+        ("ExpertPlan", "1025 shards", {"num_shards": 1025}),
+        ("ExpertPlan", "parts that do not add up", {"experts": [{"layer": 0, "expert": 0, "shards": [[0, 255]]}]}),
+        ("ExpertPlan", "a part of 0", {"experts": [{"layer": 0, "expert": 0, "shards": [[0, 256], [1, 0]]}]}),
+        ("ExpertPlan", "an expert nowhere", {"experts": [{"layer": 0, "expert": 0, "shards": []}]}),
+        (
+            "ExpertPlan",
+            "a shard twice",
+            {"experts": [{"layer": 0, "expert": 0, "shards": [[1, 128], [1, 128]]}]},
+        ),
+        (
+            "ExpertPlan",
+            "shards that do not ascend",
+            {"experts": [{"layer": 0, "expert": 0, "shards": [[1, 128], [0, 128]]}]},
+        ),
+        ("ExpertPlan", "a negative expert", {"experts": [{"layer": 0, "expert": -1, "shards": [[0, 256]]}]}),
+        ("ExpertPlan", "a layer as text", {"experts": [{"layer": "0", "expert": 0, "shards": [[0, 256]]}]}),
+        ("ExpertPlan", "the time as text", {"time": "2026-01-01T00:00:00Z"}),
+        ("Status", "shard_tokens without rows", {"shard_tokens": [1, 2]}),
         ("Roster", "a member without a service", {"members": [{"instance": "expert-1"}]}),
         ("Roster", "alerts as text", {"alerts": "none"}),
     ]

@@ -23,6 +23,7 @@ BUILDERS: dict[str, Callable[[str], str]] = {
     "status' instance": lambda value: subjects.status("s", value),
     "control's service": lambda value: subjects.control(value, "i"),
     "control's instance": lambda value: subjects.control("s", value),
+    "plan": subjects.plan,
     "event": subjects.event,
     "inbox' service": lambda value: subjects.inbox_prefix(value, "i"),
     "inbox' instance": lambda value: subjects.inbox_prefix("s", value),
@@ -39,6 +40,7 @@ def test_subjects_are_those_of_the_protocol() -> None:
     assert subjects.worker(d, "expert-1") == "moe.demo-3f2a91bc.worker.expert-1"
     assert subjects.status("router", "router-1") == "moe.status.router.router-1"
     assert subjects.control("router", "router-1") == "moe.control.router.router-1"
+    assert subjects.plan(d) == "moe.demo-3f2a91bc.plan"
     assert subjects.event("alert") == "moe.events.alert"
 
 
@@ -46,6 +48,18 @@ def test_subjects_are_those_of_the_protocol() -> None:
 @settings(max_examples=100, deadline=None, database=None)
 def test_a_status_subject_is_parsed_into_what_it_was_built_from(service: str, instance: str) -> None:
     assert subjects.parse_status(subjects.status(service, instance)) == (service, instance)
+
+
+@given(tokens)
+@settings(max_examples=100, deadline=None, database=None)
+def test_a_plans_subject_is_parsed_into_what_it_was_built_from(deployment: str) -> None:
+    assert subjects.parse_plan(subjects.plan(deployment)) == deployment
+
+
+@pytest.mark.parametrize("subject", ["", "moe.d.plan.x", "moe.d.generate", "x.d.plan", "moe.a b.plan", "moe..plan"])
+def test_what_is_no_plans_subject_is_refused(subject: str) -> None:
+    with pytest.raises(ValueError, match=r"plan|subject"):
+        subjects.parse_plan(subject)
 
 
 @given(st.text(max_size=30) | st.text("moe.staus>*\r\n ", max_size=30).map("moe.status.".__add__))
