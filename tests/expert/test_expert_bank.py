@@ -300,3 +300,29 @@ def test_every_expert_is_in_exactly_one_shard(experts: int, shards: int) -> None
     sizes = [owners.count(shard) for shard in range(shards)]
     assert max(sizes) - min(sizes) <= 1
     assert all(e % shards == shard for shard in range(shards) for e in shard_experts(experts, shards, shard))
+
+
+COMPILED = pytest.param(True, marks=pytest.mark.skipif(find_compiler() is None, reason="no compiler"))
+
+
+@pytest.mark.parametrize("compiled", [False, COMPILED])
+def test_one_layers_expert_is_loaded_and_dropped_by_itself(tmp_path: Path, compiled: bool) -> None:
+    options = ExpertOptions(compiled=compiled)
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", "mixtral"))
+    whole, bank = (ExpertBank(checkpoint, dtype=torch.float32, device=CPU, options=options) for _ in range(2))
+    whole.load(range(EXPERTS))
+    bank.load([0, 2, 4])
+    counted: list[int] = []
+    bank.load([1, 3], counted.append, [2])
+    assert sum(counted) == bank.bytes_of([1, 3], num_layers=1)
+    assert [bank.has(layer, 1) for layer in range(3)] == [False, False, True]
+    call = (torch.randn(3, HIDDEN), torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3]), torch.ones(3))
+    assert torch.equal(bank.compute(2, *call), whole.compute(2, *call))
+    bank.drop([(2, 1), (2, 5)])
+    assert not bank.has(2, 1)
+    with pytest.raises((KeyError, ValueError)):
+        bank.compute(2, *call)
+    rest = (call[0], call[1], torch.tensor([3, 2, 3]), call[3])
+    assert torch.equal(bank.compute(2, *rest), whole.compute(2, *rest))
+    bank.load([1], counted.append, [2])
+    assert torch.equal(bank.compute(2, *call), whole.compute(2, *call))

@@ -174,3 +174,17 @@ async def test_a_simulating_worker_takes_its_time_for_each_pair_and_answers_zero
     assert out.shape == (3, HIDDEN)
     assert not out.any()
     assert (await answered(worker, request())).any()
+
+
+async def test_a_copy_is_computed_in_its_layer_alone_and_refused_once_it_is_dropped(worker: Worker) -> None:
+    copied = {"expert_index": tensor([0, 2, 3], torch.int32)}
+    worker._bank.load([3], lambda _: None, [0])
+    worker._copies.held = frozenset([(0, 3)])
+    index, experts = torch.tensor([0, 1, 1]), torch.tensor([0, 2, 3])
+    want = worker._bank.compute(0, torch.ones(3, HIDDEN), index, experts, torch.tensor([0.5, 1.0, 0.25]))
+    assert torch.equal(await answered(worker, request(**copied)), want)
+    assert (await refusal(worker, request(layer=2, **copied))).code == "wrong_shard"
+    worker._copies.held = frozenset()
+    assert (await refusal(worker, request(**copied))).code == "wrong_shard"
+    worker._bank.drop([(0, 3)])
+    assert (await answered(worker, request())).any()

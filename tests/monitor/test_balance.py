@@ -56,7 +56,7 @@ def test_whatever_the_load_a_split_is_whole_within_its_slots_and_no_worse(
     case: tuple[npt.NDArray[np.float64], int, int],
 ) -> None:
     tokens, num_shards, extra = case
-    home = home_split(*tokens.shape, num_shards)
+    home = home_split(tokens.shape[0], tokens.shape[1], num_shards)
     split = balanced(tokens, home, extra)
     assert (split >= 0).all()
     assert (split.sum(axis=2) == PARTS).all(), "every expert's tokens go somewhere, and once"
@@ -69,7 +69,7 @@ def test_whatever_the_load_a_split_is_whole_within_its_slots_and_no_worse(
 @given(load())
 def test_with_slots_enough_every_layer_becomes_even(case: tuple[npt.NDArray[np.float64], int, int]) -> None:
     tokens, num_shards, _ = case
-    split = balanced(tokens, home_split(*tokens.shape, num_shards), tokens.shape[1])
+    split = balanced(tokens, home_split(tokens.shape[0], tokens.shape[1], num_shards), tokens.shape[1])
     rounding = tokens.shape[1] * (tokens.max() / PARTS)
     shard_tokens = loads(tokens, split)
     assert (shard_tokens.max(axis=1) <= EVEN * shard_tokens.mean(axis=1) + rounding).all()
@@ -80,21 +80,24 @@ def test_with_slots_enough_every_layer_becomes_even(case: tuple[npt.NDArray[np.f
 @given(load())
 def test_what_a_plan_says_is_read_back_as_it_was_meant(case: tuple[npt.NDArray[np.float64], int, int]) -> None:
     tokens, num_shards, extra = case
-    split = balanced(tokens, home_split(*tokens.shape, num_shards), extra)
+    split = balanced(tokens, home_split(tokens.shape[0], tokens.shape[1], num_shards), extra)
     plan = ExpertPlan(
         epoch=1, num_shards=num_shards, experts=experts_of(split), time=NOW, before=1.0, expected=1.0, reason=""
     )
-    assert plan.fits(*tokens.shape, num_shards)
+    assert plan.fits(tokens.shape[0], tokens.shape[1], num_shards)
     again = wire.decode(ExpertPlan, wire.encode(plan))
-    assert (split_of(again, *tokens.shape, num_shards) == split).all()
-    assert (split_of(plan, *tokens.shape, num_shards + 1) == home_split(*tokens.shape, num_shards + 1)).all()
+    assert (split_of(again, tokens.shape[0], tokens.shape[1], num_shards) == split).all()
+    assert (
+        split_of(plan, tokens.shape[0], tokens.shape[1], num_shards + 1)
+        == home_split(tokens.shape[0], tokens.shape[1], num_shards + 1)
+    ).all()
 
 
 @settings(max_examples=100)
 @given(load())
 def test_under_the_same_load_nothing_moves(case: tuple[npt.NDArray[np.float64], int, int]) -> None:
     tokens, num_shards, extra = case
-    first = balanced(tokens, home_split(*tokens.shape, num_shards), extra)
+    first = balanced(tokens, home_split(tokens.shape[0], tokens.shape[1], num_shards), extra)
     second = balanced(tokens, first, extra)
     assert not (copies(second) & ~copies(first)).any()
 

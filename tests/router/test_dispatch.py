@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from nats.aio.msg import Msg
 
 from services.expert.messages import ExpertsReply, ExpertsRequest
+from services.monitor.messages import ExpertPlan, SplitExpert
 from services.nats_server import binary, free_port
 from services.router.calls import Calls
-from services.router.dispatch import BusExperts, Call, combine
+from services.router.dispatch import BusExperts, BusQuestion, Call, combine
 from services.router.experts import Experts, LocalExperts
+from services.router.splitting import Table, table_of
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, deadline
 from shared.checkpoint import Checkpoint
@@ -628,3 +630,120 @@ async def test_it_asks_no_longer_than_its_caller_waits(nats_url: str, layer: Lay
         finally:
             deadline.reset(token)
         assert time.monotonic() - start < 8, "not TIMEOUT_SECONDS"
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+def split(*experts: SplitExpert, usable: frozenset[int] = frozenset(range(3))) -> Table:
+    """Where three shards' tokens go when these experts are split."""
+    plan = ExpertPlan(epoch=1, num_shards=3, experts=experts, time=0.0, before=2.0, expected=1.0, reason="")
+    table = table_of(plan, 3, EXPERTS, 3, usable)
+    assert table is not None
+    return table
+
+
+HALVED = split(
+    SplitExpert(layer=0, expert=0, shards=((0, 64), (1, 128), (2, 64))),
+    SplitExpert(layer=0, expert=4, shards=((2, 256),)),
+)
+"""Expert 0, of shard 0, is split among all three; expert 4, of shard 1, is wholly in shard 2."""
+
+
+def sent(calls: list[Call]) -> list[tuple[int, int, int]]:
+    """(row, expert, shard) of all pairs."""
+    found = []
+    for call in calls:
+        request = wire.decode(ExpertsRequest, call.data)
+        tokens = from_wire(request.token_index, "t", (None,), ("int32",)).tolist()
+        experts = from_wire(request.expert_index, "e", (None,), ("int32",)).tolist()
+        found += [(int(call.row_numbers[t]), e, call.shard) for t, e in zip(tokens, experts, strict=True)]
+    return sorted(found)
+
+
+async def test_a_split_expert_is_computed_in_all_of_its_shards_and_the_result_is_the_same(
+    nats_url: str, layer: Layer
+) -> None:
+    many = Layer(layer.bank, layer.compute, *pairs(tokens=60, seed=5))
+    async with cluster(nats_url, many, shards=3) as c:
+        for shard in range(3):
+            await c.worker(shard)
+        c.experts.table = HALVED
+        question = c.experts.question(0, many.hidden, many.index, many.weights)
+        assert isinstance(question, BusQuestion)
+        where = sent(question._calls)
+        assert {shard for _, expert, shard in where if expert == 0} == {0, 1, 2}
+        assert {shard for _, expert, shard in where if expert == 4} == {2}
+        assert all(shard == expert % 3 for _, expert, shard in where if expert not in (0, 4))
+        assert sorted((row, e) for row, e, _ in where) == sorted(
+            (t, int(many.index[t, k])) for t in range(60) for k in range(TOP_K)
+        )
+        counts = [sum(s == shard for _, _, s in where) for shard in range(3)]
+        assert c.experts.shard_tokens[0].tolist() == counts
+        await question.ask()
+        assert question.degraded is None
+        assert torch.allclose(question.result(), await many.expected(), atol=1e-5)
+
+
+def test_where_a_tokens_pairs_go_does_not_depend_on_the_batch(small_bus: Bus) -> None:
+    hidden, index, weights = pairs(tokens=40, seed=8)
+    asking = Calls(small_bus, "d", Replicas("expert", "d"), num_shards=3, timeout_seconds=1, recovery_seconds=1)
+    experts = BusExperts(small_bus, configuration(num_local_experts=EXPERTS), asking, num_shards=3)
+    experts.table = HALVED
+    together = sent(experts.question(0, hidden, index, weights)._calls)
+    alone = []
+    for row in range(40):
+        only = slice(row, row + 1)
+        calls = experts.question(0, hidden[only], index[only], weights[only])._calls
+        alone += [(row, expert, shard) for _, expert, shard in sent(calls)]
+    assert sorted(alone) == together
+
+
+async def test_what_a_shard_has_no_copies_of_is_asked_at_home(nats_url: str, layer: Layer) -> None:
+    many = Layer(layer.bank, layer.compute, *pairs(tokens=60, seed=5))
+
+    def hosting(shard: int) -> Handler:
+        async def handler(message: Msg) -> bytes:
+            request = wire.decode(ExpertsRequest, message.data)
+            experts = from_wire(request.expert_index, "e", (None,), ("int32",))
+            if (experts % 3 != shard).any():
+                raise MoeError("wrong_shard", "an expert is not hosted here")
+            return await many.answer(message)
+
+        return handler
+
+    before = REGISTRY.get_sample_value("moe_dispatch_at_home_total") or 0.0
+    async with cluster(nats_url, many, shards=3, timeout=30, recovery=30) as c:
+        for shard in range(3):
+            await c.reported(shard, hosting(shard))
+        c.experts.table = HALVED
+        assert torch.allclose(await c.ask(), await many.expected(), atol=1e-5)
+        assert all(c.workers.choose(shard, time.monotonic()) for shard in range(3)), "nobody is taken for gone"
+    assert (REGISTRY.get_sample_value("moe_dispatch_at_home_total") or 0.0) == before + 2
+
+
+async def test_copies_that_nobody_serves_are_done_without_at_once(nats_url: str, layer: Layer) -> None:
+    hot = Layer(layer.bank, layer.compute, layer.hidden, torch.tensor([[0, 3]] * 9), layer.weights)
+    async with cluster(nats_url, hot, shards=3, timeout=60, recovery=60) as c:
+        await c.worker(0)
+        c.experts.table = split(SplitExpert(layer=0, expert=0, shards=((1, 128), (2, 128))))
+        async with asyncio.timeout(20):
+            assert torch.allclose(await c.ask(), await hot.expected(), atol=1e-5)
+
+
+async def test_without_a_home_shard_only_its_own_part_is_lost(nats_url: str, layer: Layer) -> None:
+    async with cluster(nats_url, layer, shards=3, recovery=0.1, degraded_mode="skip") as c:
+        for shard in (0, 2):
+            await c.worker(shard)
+        c.experts.table = split(SplitExpert(layer=0, expert=4, shards=((2, 256),)))
+        question = c.experts.question(0, layer.hidden, layer.index, layer.weights)
+        await question.ask()
+        without = layer.index == 1
+        assert without.any()
+        assert (layer.index == 4).any()
+        assert question.degraded is not None
+        assert torch.equal(question.degraded, without.any(dim=-1))
+        kept = layer.weights * ~without
+        scale = torch.nan_to_num(layer.weights.sum(-1) / kept.sum(-1), posinf=0.0)[:, None]
+        alone = Layer(layer.bank, layer.compute, layer.hidden, layer.index, kept * scale)
+        assert torch.allclose(question.result(), await alone.expected(), atol=1e-5)
