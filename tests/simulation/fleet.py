@@ -195,6 +195,7 @@ def stand_ins(server: SimulatedServer) -> Iterator[None]:
         for module, name, value in (
             (bus_module, "Connection", connection),
             (status_module, "psutil", SimpleNamespace(Process=NoProcess)),
+            (status_module, "memory", lambda: (2, 1)),
             (router_module, "Compute", SimulatedCompute),
             (router_module, "choose_model", lambda *_: SimulatedModel),
             (router_module, "DenseModel", SimulatedModel),
