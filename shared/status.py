@@ -17,7 +17,9 @@ from nats.aio.msg import Msg
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import BadMessageError, MoeError
+from shared.histogram import BOUNDS
 from shared.instrumentation import BAD_MESSAGES
+from shared.memory import memory
 
 log = structlog.get_logger()
 
@@ -31,6 +33,7 @@ MAX_LAYERS = 1024
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Buckets = Annotated[tuple[Count, ...], msgspec.Meta(max_length=len(BOUNDS) + 1)]
 Shards = Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, lt=MAX_SHARDS)], ...], msgspec.Meta(max_length=MAX_SHARDS)]
 
 State = Literal["starting", "loading", "ready", "draining"]
@@ -68,7 +71,25 @@ class Status(wire.Message, frozen=True, kw_only=True):
     requests_total: Count = 0
     errors_total: Count = 0
     cpu: Seconds = 0.0
+    cores: Seconds = 0.0
+    """Cores that it can keep busy; 0: unknown."""
     memory_bytes: Count = 0
+    memory_limit_bytes: Count = 0
+    """What there is for it and its neighbours: the control group's limit, or the machine's memory; 0: unknown."""
+    memory_available_bytes: Count = 0
+    """Of these, what is left."""
+    queue_limit: Count = 0
+    """The most that may wait; 0: unknown."""
+    latencies: Annotated[dict[Name, Buckets], msgspec.Meta(max_length=16)] = msgspec.field(default_factory=dict)
+    """Seconds since the start as counts per bucket (shared/histogram.py). Gateways: `time_to_first_token`,
+    `inter_token`, `end_to_end`; routers: `queue`, `step`; workers: `compute`."""
+    errors: Annotated[dict[Name, Count], msgspec.Meta(max_length=64)] = msgspec.field(default_factory=dict)
+    """Failed requests since the start, by the error's code."""
+    cache_lookups: Count = 0
+    cache_hits: Count = 0
+    """Gateways: answers that were looked up and found since the start."""
+    epoch: Count = 0
+    """Of the placement: workers have loaded it, routers dispatch by it; 0: none was told."""
     expert_tokens: Annotated[tuple[tuple[Count, ...], ...], msgspec.Meta(max_length=MAX_LAYERS)] = ()
     """Routers: tokens sent to each expert since the start, [MoE layers][experts]."""
     state_stored: bool = False
@@ -92,9 +113,16 @@ class StatusReporter:
         with contextlib.suppress(MoeError):  # disconnected: the next second's report says more
             await self._bus.publish(subjects.status(status.service, status.instance), wire.encode(status))
 
-    def usage(self) -> tuple[float, int]:
-        """(cpu share of one core, resident bytes) of this process."""
-        return self._process.cpu_percent() / 100, int(self._process.memory_info().rss)
+    def with_usage(self, status: Status) -> Status:
+        """`status` with what this process takes, and what its neighbours leave."""
+        limit, available = memory()
+        return msgspec.structs.replace(
+            status,
+            cpu=self._process.cpu_percent() / 100,
+            memory_bytes=int(self._process.memory_info().rss),
+            memory_limit_bytes=limit,
+            memory_available_bytes=available,
+        )
 
     async def run(self) -> None:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -24,11 +24,12 @@ from shared.checkpoint import Checkpoint
 from shared.compute import Compute, give_back_memory, select_device, select_dtype, set_threads
 from shared.errors import HTTP_STATUS, BadMessageError, MoeError
 from shared.experts import ExpertBank, shard_experts
+from shared.histogram import Histogram
 from shared.instrumentation import EXPERT_CALLS, EXPERT_ERRORS, EXPERT_SECONDS, SHARD_BYTES, TAKEOVER_SECONDS
 from shared.logs import request_id, safe_request_id
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import ExpertSettings
-from shared.status import Fleet, Status
+from shared.status import Fleet, Status, StatusReporter
 from shared.tensors import from_wire, to_wire
 
 log = structlog.get_logger()
@@ -60,6 +61,8 @@ class _State:
     calls: int = 0
     tokens: int = 0
     errors: int = 0
+    codes: dict[str, int] = field(default_factory=dict)
+    """Errors by code."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Worker:
         self._loading = Compute()
         """A thread of its own: shards that are taken over load beside the answers for those already served."""
         self._state = _State()
+        self._seconds = Histogram()
         self._simulation = asyncio.Lock()
         self._metrics = [
             (EXPERT_CALLS.labels(str(shard)), EXPERT_SECONDS.labels(str(shard)))
@@ -115,7 +119,7 @@ class Worker:
         """Serve until `shutdown`, then finish what is in flight."""
         try:
             async with service_context(self._settings, "expert", self._instance, self._status) as context:
-                self._reporter = context.reporter
+                self._reporter: StatusReporter = context.reporter
                 await self._fleet.watch(context.bus)
                 watching = asyncio.create_task(self._keep_watch(context.bus), name="watch")
                 try:
@@ -165,17 +169,18 @@ class Worker:
 
     def _status(self) -> Status:
         s = self._state
-        cpu, memory = self._reporter.usage()
         return msgspec.structs.replace(
-            self._placed(),
+            self._reporter.with_usage(self._placed()),
             loaded_bytes=s.loaded_bytes,
             total_bytes=s.total_bytes,
             waiting=sum(served.queue.qsize() for served in self._served),
             requests_total=s.calls,
             tokens_total=s.tokens,
             errors_total=s.errors,
-            cpu=cpu,
-            memory_bytes=memory,
+            errors=s.codes,
+            latencies={"compute": self._seconds.counts()},
+            queue_limit=self._settings.max_pending_calls * len(self._served),
+            cores=float(torch.get_num_threads()),
         )
 
     # -- placement ---------------------------------------------------------------------------------------------------
@@ -327,11 +332,14 @@ class Worker:
                 shard, reply = await self._answer(message.data, deadline.get())
             except MoeError as error:
                 self._state.errors += 1
+                self._state.codes[error.code] = self._state.codes.get(error.code, 0) + 1
                 EXPERT_ERRORS.labels(error.code).inc()
                 log.info("expert.refused", code=error.code, reason=error.message)
                 raise
+taken = time.perf_counter() - start
+            self._seconds.observe(taken)
             calls, seconds = self._metrics[shard]
-            seconds.observe(time.perf_counter() - start)
+            seconds.observe(taken)
             calls.inc()
             self._state.calls += 1
             await bus.reply(message, reply)

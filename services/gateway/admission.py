@@ -74,6 +74,8 @@ class Admission:
         self._line: deque[Place] = deque()
         self._shedding = Shedding(limit, max_queue_seconds)
         self.running = 0
+        self.refused = 0
+        """Requests refused at once, since the start."""
 
     @property
     def waiting(self) -> int:
@@ -92,6 +94,7 @@ class Admission:
         if full or self._shedding.refuses(time.monotonic(), self.waiting):
             wait = self._shedding.expected_wait(time.monotonic(), self.waiting)
             message = f"{self.waiting} generations are waiting, for about {wait:.1f} s; try again later"
+            self.refused += 1
             raise MoeError("overloaded", message, retry_after_seconds=wait)
 
     def join(self, count: int) -> list[Place]:

@@ -22,6 +22,7 @@ from services.router.messages import CancelRequest, GenerateChunk, GenerateReque
 from shared import subjects, wire
 from shared.bus import BUDGET_MS, REQUEST_ID, Bus, NoRespondersError, ReplyStream
 from shared.errors import BadMessageError, MoeError
+from shared.histogram import Histogram
 from shared.instrumentation import (
     BAD_MESSAGES,
     E2E_LATENCY,
@@ -65,6 +66,10 @@ class Observations:
     """Real measurements for /metrics and /performance-report; label look-ups happen once, here."""
 
     def __init__(self, model_name: str, window: int = 4096) -> None:
+        self.latencies = {"time_to_first_token": Histogram(), "inter_token": Histogram(), "end_to_end": Histogram()}
+        self._histograms = tuple(self.latencies.values())
+        self.errors: dict[str, int] = {}
+        """Failed generations by code."""
         self.first_token = Window(window)
         self.between_tokens = Window(window)
         self.whole = Window(window)
@@ -85,9 +90,11 @@ class Observations:
     def token(self, arrival: float, last: float | None, now: float) -> None:
         if last is None:
             self._first.observe(now - arrival)
+            self._histograms[0].observe(now - arrival)
             self.first_token.add(now, now - arrival)
         else:
             self._between.observe(now - last)
+            self._histograms[1].observe(now - last)
             self.between_tokens.add(now, now - last)
         self._tokens.inc()
         self.token_rate.add(now)
@@ -95,6 +102,7 @@ class Observations:
 
     def end(self, arrival: float, now: float, prompt_tokens: int, reason: str) -> None:
         self._whole.observe(now - arrival)
+        self._histograms[2].observe(now - arrival)
         self.whole.add(now, now - arrival)
         self._prompt_tokens.inc(prompt_tokens)
         self.prompt_tokens += prompt_tokens
@@ -102,8 +110,9 @@ class Observations:
         self.finish_rate.add(now)
         self.finished += 1
 
-    def fail(self, now: float) -> None:
+    def fail(self, now: float, code: str) -> None:
         self.failure_rate.add(now)
+        self.errors[code] = self.errors.get(code, 0) + 1
         self.failed += 1
 
 
@@ -166,8 +175,8 @@ class Generator:
             ):
                 async for piece in pieces:
                     yield piece
-        except MoeError:
-            self._observations.fail(time.monotonic())
+        except MoeError as error:
+            self._observations.fail(time.monotonic(), error.code)
             raise
 
     async def _pieces(self, request: GenerateRequest, stops: list[str], arrival: float) -> AsyncGenerator[Piece, None]:

@@ -71,10 +71,9 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         if context is None or reporter is None:
             return base
         healthy, _ = health(context)
-        cpu, memory = reporter.usage()
         o = context.observations
         return msgspec.structs.replace(
-            base,
+            reporter.with_usage(base),
             deployment=context.deployment,
             state="draining" if context.draining else "ready",
             running=context.admission.running,
@@ -82,8 +81,12 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             tokens_total=o.tokens,
             requests_total=o.finished,
             errors_total=o.failed,
-            cpu=cpu,
-            memory_bytes=memory,
+            errors={**o.errors, "overloaded": o.errors.get("overloaded", 0) + context.admission.refused},
+            latencies={name: histogram.counts() for name, histogram in o.latencies.items()},
+            cache_lookups=context.answers.lookups,
+            cache_hits=context.answers.hits,
+            queue_limit=settings.max_queued_requests,
+            cores=1.0,
         )
 
     async with contextlib.AsyncExitStack() as stack:

@@ -11,6 +11,7 @@ import structlog
 from services.monitor.findings import Finding, findings, shards_missing
 from services.monitor.keeper import Keeper
 from services.monitor.messages import Event
+from services.monitor.sight import Sight
 from shared import subjects, wire
 from shared.bus import Bus
 from shared.errors import MoeError
@@ -96,14 +97,15 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
     state: State = "ready"
 
     def status() -> Status:
-        cpu, memory = reporter.usage() if reporter else (0.0, 0)
         stored = keeper is not None and keeper.stored
-        return msgspec.structs.replace(base, state=state, cpu=cpu, memory_bytes=memory, state_stored=stored)
+        known = reporter.with_usage(base) if reporter else base
+        return msgspec.structs.replace(known, state=state, state_stored=stored, cores=1.0)
 
     try:
         async with service_context(settings, "monitor", instance, status) as service:
             reporter, bus = service.reporter, service.bus
-            fleet = Fleet(settings.stale_seconds)
+            sight = Sight(instance)
+            fleet = Fleet(settings.stale_seconds, tell=sight.tell)
             keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
             await until(shutdown, _watch(Monitor(fleet), keeper, service.bus))

@@ -21,6 +21,7 @@ from services.router.scheduler import Scheduler, Work
 from services.router.sequence import Sequence
 from shared.compute import Compute
 from shared.errors import MoeError
+from shared.histogram import Counts, Histogram
 from shared.instrumentation import (
     BATCH_TOKENS,
     DECODE_TIME,
@@ -84,6 +85,9 @@ class Engine:
         self.tokens = 0
         self.finished = 0
         self.failed = 0
+        self.errors: dict[str, int] = {}
+        """Failed generations by code."""
+        self._queue_histogram, self._step_histogram = Histogram(), Histogram()
         self._queue_time = QUEUE_TIME.labels(model_name)
         self._prefill_time = PREFILL_TIME.labels(model_name)
         self._decode_time = DECODE_TIME.labels(model_name)
@@ -105,6 +109,10 @@ class Engine:
 
     def sequences(self) -> list[Sequence]:
         return list(self._sequences.values())
+
+    def latencies(self) -> dict[str, Counts]:
+        """Counts per bucket since the start, as `Status.latencies` has them."""
+        return {"queue": self._queue_histogram.counts(), "step": self._step_histogram.counts()}
 
     def submit(self, sequence: Sequence) -> None:
         """Put a checked request in line.
@@ -169,6 +177,7 @@ class Engine:
         prompt_tokens = sum(w.count for w in work if w.count > 1)
         self._scheduler.pace.observe(rows - prompt_tokens, prompt_tokens, seconds)
         self._step_seconds.observe(seconds)
+        self._step_histogram.observe(seconds)
         self._batch_tokens.observe(batch.size)
         self._preemptions.inc(self._scheduler.preemptions - self._preemptions_seen)
         self._preemptions_seen = self._scheduler.preemptions
@@ -195,16 +204,19 @@ class Engine:
             await self._sink(sequence, GenerateChunk(id=sequence.request.id, finish_reason="cancelled"))
         for sequence in self._scheduler.expired(time.monotonic()):
             self._forget(sequence)
-            self.failed += 1
-            await self._sink(sequence, MoeError("queue_timeout", "the request waited longer than its budget"))
+            await self._give_up(sequence, MoeError("queue_timeout", "the request waited longer than its budget"))
 
     async def _fail(self, work: list[Work], error: MoeError) -> None:
         log.warning("step.gave_up", code=error.code, reason=error.message, generations=len(work))
         for w in work:
             if w.sequence.request.id in self._sequences:
                 self._forget(w.sequence)
-                self.failed += 1
-                await self._sink(w.sequence, error)
+                await self._give_up(w.sequence, error)
+
+    async def _give_up(self, sequence: Sequence, error: MoeError) -> None:
+        self.failed += 1
+        self.errors[error.code] = self.errors.get(error.code, 0) + 1
+        await self._sink(sequence, error)
 
     def _forget(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
@@ -333,6 +345,7 @@ class Engine:
             s.deadline = None
             if s.admitted is not None:
                 self._queue_time.observe(s.admitted - s.arrival)
+                self._queue_histogram.observe(s.admitted - s.arrival)
                 self._prefill_time.observe(now - s.admitted)
         if finish:
             self._decode_time.observe(now - s.first_token)

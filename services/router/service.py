@@ -47,7 +47,7 @@ from shared.logs import request_id, safe_request_id
 from shared.replicas import Replicas
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import RouterSettings
-from shared.status import Fleet, Status
+from shared.status import Fleet, Status, StatusReporter
 from shared.tensors import from_wire, to_wire
 
 log = structlog.get_logger()
@@ -108,7 +108,7 @@ class Router:
         """Serve until `shutdown`, then finish the generations in flight."""
         try:
             async with service_context(self._settings, "router", self._instance, self._status) as context:
-                self._reporter = context.reporter
+                self._reporter: StatusReporter = context.reporter
                 await self._fleet.watch(context.bus)
                 await until(shutdown, self._live(context.bus))
                 await self._drain(context.bus)
@@ -196,10 +196,9 @@ class Router:
         self._loaded_bytes += count
 
     def _status(self) -> Status:
-        cpu, memory = self._reporter.usage()
         engine = self._engine
         return msgspec.structs.replace(
-            self._base,
+            self._reporter.with_usage(self._base),
             deployment=self._deployment,
             state=self._state,
             num_shards=self._settings.expert_shards,
@@ -212,8 +211,10 @@ class Router:
             tokens_total=engine.tokens if engine else 0,
             requests_total=engine.finished if engine else 0,
             errors_total=engine.failed if engine else 0,
-            cpu=cpu,
-            memory_bytes=memory,
+            errors=engine.errors if engine else {},
+            latencies=engine.latencies() if engine else {},
+            queue_limit=self._settings.max_waiting,
+            cores=float(torch.get_num_threads()),
             expert_tokens=tuple(tuple(row) for row in self._experts.tokens.tolist()) if self._experts else (),
         )
 

@@ -1,0 +1,37 @@
+"""What one monitor sees, and whether it is the one that acts."""
+
+from __future__ import annotations
+
+import time
+
+from services.monitor.observations import History, Observation
+from shared.bus import Bus
+from shared.status import Status
+
+HISTORY_SECONDS = 600.0
+
+
+class Sight:
+    """The fleet's reports, as this monitor hears them."""
+
+    def __init__(self, instance: str, *, seconds: float = HISTORY_SECONDS) -> None:
+        self.instance = instance
+        self._history = History(seconds)
+
+    def tell(self, status: Status, now: float) -> None:
+        """Take note of a report that came at `now`, on the monotonic clock."""
+        self._history.observe(status, now)
+
+    def look(self, bus: Bus, window: float) -> Observation:
+        """The last `window` seconds."""
+        return self._history.observation(time.monotonic(), time.time(), window=window, connected=bus.connected)
+
+
+def leader(observation: Observation) -> str | None:
+    """The one monitor that acts: of those that are ready, the one that started first; None if none is heard of.
+
+    Each of several monitors comes to the same, from the same reports, without talking. For a moment after a change two
+    may act, or none, so whatever they do must bear being done twice.
+    """
+    ready = [(m.status.started, m.instance) for m in observation.ready("monitor")]
+    return min(ready)[1] if ready else None
