@@ -111,6 +111,10 @@ class Worker:
         self._state = _State()
         self._seconds = Histogram()
         self._simulation = asyncio.Lock()
+        self._metrics = [
+            (EXPERT_CALLS.labels(str(shard)), EXPERT_SECONDS.labels(str(shard)))
+            for shard in range(settings.expert_shards)
+        ]
         self._instance = instance_name(settings, "expert")
         self._fleet = Fleet()
         self._watch = Watch(self._instance)
@@ -296,7 +300,7 @@ class Worker:
         for shard in shards:
             served = await bus.serve(
                 subjects.experts(self._deployment, shard),
-                self._answerer(bus, shard),
+                self._answerer(bus),
                 queue_group=subjects.shard_queue(shard),
                 capacity=self._settings.max_pending_calls,
             )
@@ -413,24 +417,22 @@ class Worker:
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
-    def _answerer(self, bus: Bus, shard: int | None = None) -> Any:
-        label = "any" if shard is None else str(shard)
-        calls, seconds = EXPERT_CALLS.labels(label), EXPERT_SECONDS.labels(label)
-
+    def _answerer(self, bus: Bus) -> Any:
         async def answer(message: Msg) -> None:
             self._note_requests((message.headers or {}).get(REQUEST_ID, ""))
             start = time.perf_counter()
             try:
-                reply = await self._answer(message.data, deadline.get())
+                shard, reply = await self._answer(message.data, deadline.get())
             except MoeError as error:
                 self._state.errors += 1
                 self._state.codes[error.code] = self._state.codes.get(error.code, 0) + 1
                 EXPERT_ERRORS.labels(error.code).inc()
                 log.info("expert.refused", code=error.code, reason=error.message)
                 raise
-            taken = time.perf_counter() - start
-            seconds.observe(taken)
+taken = time.perf_counter() - start
             self._seconds.observe(taken)
+            calls, seconds = self._metrics[shard]
+            seconds.observe(taken)
             calls.inc()
             self._state.calls += 1
             await bus.reply(message, reply)
@@ -447,8 +449,8 @@ class Worker:
             log.info("request.served", request_id=new)
         self._noted = served
 
-    async def _answer(self, data: bytes, expires: float | None) -> bytes:
-        """One call: decode, check, compute, encode."""
+    async def _answer(self, data: bytes, expires: float | None) -> tuple[int, bytes]:
+        """One call: decode, check, compute, encode; with the shard that it was for."""
         raise_if_expired(expires)
         work = self._checked(wire.decode(ExpertsRequest, data))
         if self._settings.simulated_pair_ms is None:
@@ -456,7 +458,8 @@ class Worker:
         else:
             out = await self._simulated(work, self._settings.simulated_pair_ms / 1000)
         self._state.tokens += out.shape[0]
-        return wire.encode(ExpertsReply(hidden_states=to_wire(out)))
+        shard = int(work.expert_index[0]) % self._settings.expert_shards if work.expert_index.shape[0] else 0
+        return shard, wire.encode(ExpertsReply(hidden_states=to_wire(out)))
 
     def _checked(self, request: ExpertsRequest) -> Work:
         """The call's tensors, if they fit together and this worker hosts the experts.

@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from services.router.batch import Batch, Context
 from shared.linear import has_native_bfloat16
 
+TILE_ROWS = 4
+"""In float32 torch's product has kernels of its own for what is left of its rows beyond a multiple of this, and sums
+there in another order: measured on a CPU of AMD's; on one of Intel's, for a single row."""
+
 
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What attention computes in, and the KV cache holds, for a model of `dtype`.
@@ -24,6 +28,14 @@ def _read(cache: torch.Tensor, context: Context) -> torch.Tensor:
     # index_select copies whole slots; indexing with a tensor takes three times as long.
     read = torch.index_select(cache.view(cache.shape[0], -1), 0, context.slots).view(-1, *cache.shape[1:])
     return read.transpose(0, 1).unsqueeze(0)
+
+
+def _whole_tiles(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` [..., n, D], with rows of zeros after them until n is a multiple of TILE_ROWS, where that matters."""
+    missing = -rows.shape[-2] % TILE_ROWS
+    if not missing or rows.dtype is not torch.float32 or rows.device.type != "cpu":
+        return rows
+    return F.pad(rows, (0, 0, 0, missing))
 
 
 def attend(
@@ -52,10 +64,7 @@ def attend(
     if decodes:
         count = len(decodes)
         # The heads that share keys are the rows of one product.
-        q = query[:count].view(count, kv_heads, group, dim)
-        if group == 1 and dtype is torch.float32:
-            # In float32 one row has a kernel of its own; as two it is summed as the rows of a prefill are.
-            q = q.repeat(1, 1, 2, 1)
+        q = _whole_tiles(query[:count].view(count, kv_heads, group, dim))
         ys = [
             F.scaled_dot_product_attention(
                 each, _read(keys, c), _read(values, c), attn_mask=c.mask(window, dtype, device)
@@ -67,12 +76,13 @@ def attend(
         own = query[c.row : c.row + c.count]  # [n, heads, D]
         k, v = _read(keys, c), _read(values, c)
         if c.is_whole and window is None:
-            q = own.transpose(0, 1).unsqueeze(0)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+            q = _whole_tiles(own.transpose(0, 1).unsqueeze(0))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)[:, :, : c.count]
         else:
             q = own.view(c.count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(1, kv_heads, group * c.count, dim)
             mask = c.mask(window, dtype, device)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(group, 1) if group > 1 else mask)
-            y = y.view(1, heads, c.count, dim)
+            q, mask = _whole_tiles(q), _whole_tiles(mask.repeat(group, 1) if group > 1 else mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, : group * c.count]
+            y = y.reshape(1, heads, c.count, dim)
         parts.append(y.squeeze(0).transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(given)

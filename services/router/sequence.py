@@ -17,8 +17,9 @@ class Sequence:
     deadline: float | None = None
     """For the first token; None: whenever."""
     eos_token_ids: frozenset[int] = frozenset()
-    output: list[int] = field(default_factory=list)
-    counts: Counter[int] = field(default_factory=Counter)
+    output: list[int] = field(init=False)
+    """New tokens, from the request's `output_ids` on."""
+    counts: Counter[int] = field(init=False)
     """Occurrences of each token in `output`."""
     blocks: list[int] = field(default_factory=list)
     computed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from services.gateway.admission import Admission
@@ -19,10 +20,10 @@ from shared.status import Fleet
 
 
 def context(bus: Bus, fleet: Fleet, **changes: Any) -> Context:
-    """The context of a gateway of the demo model with these settings."""
+    """The context of a gateway of the demo model with these settings; its deployment is nobody else's on the bus."""
     settings = GatewaySettings(**{"model": DEMO_MODEL, "timeout_seconds": 5.0, **changes})
     checkpoint = Checkpoint.open(settings.model)
-    deployment = checkpoint.deployment(settings.model_name)
+    deployment = checkpoint.deployment(f"{settings.model_name}-{os.urandom(4).hex()}")
     tokenizer = TextTokenizer.open(settings.model)
     admission = Admission(
         settings.max_concurrent_requests,

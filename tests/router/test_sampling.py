@@ -31,8 +31,10 @@ CHI_SQUARE_11 = 31.26
 
 
 def sequence(sampling: Sampling, prompt: list[int] | None = None, output: list[int] | None = None) -> Sequence:
-    request = GenerateRequest(id="a", token_ids=prompt or [0], max_tokens=100, sampling=sampling)
-    return Sequence(request, 0.0, output=list(output or []), counts=Counter(output or []))
+    request = GenerateRequest(
+        id="a", token_ids=prompt or [0], output_ids=output or [], max_tokens=100, sampling=sampling
+    )
+    return Sequence(request, 0.0)
 
 
 def random_logits(seed: int, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:

@@ -23,7 +23,7 @@ def test_every_code_has_an_http_status(code: str) -> None:
     assert (error.code, error.message, error.param, str(error)) == (code, "why", "prompt", "why")
 
 
-def test_overload_and_absence_may_be_retried_and_nothing_else() -> None:
+def test_overload_absence_and_loss_may_be_retried_and_nothing_else() -> None:
     retryable = {code for code in HTTP_STATUS if MoeError(code, "").retryable}
     assert retryable == {
         "overloaded",
@@ -33,6 +33,7 @@ def test_overload_and_absence_may_be_retried_and_nothing_else() -> None:
         "bus_unavailable",
         "draining",
         "wrong_shard",
+        "chunk_lost",
     }
 
 
