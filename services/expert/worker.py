@@ -429,7 +429,7 @@ class Worker:
                 EXPERT_ERRORS.labels(error.code).inc()
                 log.info("expert.refused", code=error.code, reason=error.message)
                 raise
-taken = time.perf_counter() - start
+            taken = time.perf_counter() - start
             self._seconds.observe(taken)
             calls, seconds = self._metrics[shard]
             seconds.observe(taken)
