@@ -6,7 +6,7 @@ the copies of an expert need not take equal parts, so few copies do; and home co
 where they are, so that a plan can only add, and nobody depends on having heard of it.
 
 A *split* is an int array [L, E, S]: of L MoE layers' E experts, how many of PARTS parts of their tokens each of S
-shards takes. docs/decisions/0018-balance.md says why.
+shards takes. docs/decisions/0020-balance.md says why.
 """
 
 from __future__ import annotations
