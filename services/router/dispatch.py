@@ -106,6 +106,8 @@ class BusExperts:
         """[L, E]: tokens sent to each expert since the start."""
         self.shard_tokens = np.zeros((len(config.moe_layers), num_shards), dtype=np.int64)
         """[L, S]: pairs of a token and an expert sent to each shard since the start."""
+        self.calls_at_home = 0
+        """Calls since the start for what was meant for copies that were not there."""
         self.table: Table | None = None
         """Where the plan in use has each expert's tokens computed; None: expert e in shard e mod S."""
 
@@ -152,7 +154,9 @@ class BusExperts:
         """The calls that ask for the pairs of `call` where the experts have their home, which always has them."""
         shards = asked.experts[call.pairs] % self.num_shards
         order = call.pairs[np.argsort(shards, kind="stable")]
-        return self._calls(asked, order, np.bincount(shards, minlength=self.num_shards), None)
+        calls = self._calls(asked, order, np.bincount(shards, minlength=self.num_shards), None)
+        self.calls_at_home += len(calls)
+        return calls
 
     def _calls(
         self, asked: Asked, order: Numbers, counts: npt.NDArray[np.intp], moved: npt.NDArray[np.bool_] | None

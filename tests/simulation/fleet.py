@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
+import services.expert.copies as copies_module
 import services.expert.worker as expert_module
 import services.router.engine as engine_module
 import services.router.service as router_module
@@ -44,6 +45,8 @@ S = TypeVar("S", bound=ServiceSettings)
 
 DEPLOYMENT = "simulated-00000000"
 GRACE_SECONDS = 10.0
+COPIES_GRACE_SECONDS = 1.0
+"""So short that calls by an old plan meet workers that have dropped its copies."""
 
 
 class Words:
@@ -203,6 +206,7 @@ def stand_ins(server: SimulatedServer) -> Iterator[None]:
             (router_module, "serve_metrics", _no_metrics),
             (router_module, "base_status", base_status),
             (engine_module, "forward", simulated_forward),
+            (copies_module, "GRACE_SECONDS", COPIES_GRACE_SECONDS),
             (expert_module, "Compute", SimulatedCompute),
             (expert_module, "ExpertBank", SimulatedBank),
             (expert_module, "choose_options", lambda *_: None),

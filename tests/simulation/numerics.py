@@ -7,7 +7,7 @@ what the penalties count. All sums are exact, in whatever order.
 from __future__ import annotations
 
 import zlib
-from collections import Counter
+from collections import Counter, abc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -298,16 +298,26 @@ class SimulatedEngine(Engine):
 class SimulatedBank:
     """Stands where services/expert/worker.py expects an ExpertBank."""
 
+    layers: abc.Sequence[int] = ()
+    """The MoE layers of the world that runs."""
+
     def __init__(self, *_args: Any, **_named: Any) -> None:
-        self._loaded: set[int] = set()
+        self._loaded: set[tuple[int, int]] = set()
 
-    def bytes_of(self, experts: Iterable[int]) -> int:
-        return len(list(experts))
+    def bytes_of(self, experts: Iterable[int], *, num_layers: int | None = None) -> int:
+        return len(list(experts)) * (len(self.layers) if num_layers is None else num_layers)
 
-    def load(self, experts: Iterable[int], on_bytes: Callable[[int], None]) -> None:
+    def load(
+        self, experts: Iterable[int], on_bytes: Callable[[int], None], layers: abc.Sequence[int] | None = None
+    ) -> None:
         for expert in experts:
-            on_bytes(1)
-            self._loaded.add(expert)
+            for layer in self.layers if layers is None else layers:
+                if (layer, expert) not in self._loaded:
+                    on_bytes(1)
+                    self._loaded.add((layer, expert))
+
+    def drop(self, keys: Iterable[tuple[int, int]]) -> None:
+        self._loaded -= set(keys)
 
     def compute(
         self,
@@ -318,7 +328,7 @@ class SimulatedBank:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         """[T, 4]: the sum over each token's pairs."""
-        if not self._loaded.issuperset(expert_index.tolist()):
+        if not self._loaded.issuperset((layer, expert) for expert in expert_index.tolist()):
             SimulatedEngine.violate("a worker computes an expert that it has not loaded")
         terms = (hidden[token_index] + (expert_index + layer)[:, None]) * weights[:, None]
         return torch.zeros_like(hidden).index_add_(0, token_index, terms)

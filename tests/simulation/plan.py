@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, field
 from typing import Literal
 
+from services.monitor.messages import PARTS, ExpertPlan, SplitExpert
 from services.router.messages import GenerateRequest, Sampling
 from shared.settings import DegradedMode
-from tests.simulation.numerics import VOCAB, oracle
+from tests.simulation.numerics import EXPERTS, VOCAB, oracle
 
 Kind = Literal["gateway", "router", "expert"]
 Action = Literal["crash", "stop", "reset", "cut", "term", "slow", "nats"]
@@ -76,6 +78,8 @@ class Plan:
     """Within which all requests come."""
     degraded_mode: DegradedMode
     requests: list[Request] = field(default_factory=list)
+    expert_plans: list[ExpertPlan] = field(default_factory=list)
+    """What a monitor tells, each from its time on, in seconds after the start of the load."""
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -112,7 +116,29 @@ def make_plan(seed: int) -> Plan:
     for _ in range(draw.choice((0, 1, 2, 3, 4, 6))):
         plan.faults.append(_fault(draw, plan))
     plan.faults.sort(key=lambda fault: fault.at)
+    for number in range(draw.choice((0, 1, 2, 4)) if shards > 1 else 0):
+        plan.expert_plans.append(_expert_plan(draw, plan, number))
     return plan
+
+
+def _expert_plan(draw: random.Random, plan: Plan, number: int) -> ExpertPlan:
+    """Experts split among shards at random. Now and then two plans have the same epoch."""
+    experts = []
+    for layer in range(plan.moe_layers):
+        for expert in sorted(draw.sample(range(EXPERTS), draw.randint(0, 4))):
+            shards = sorted(draw.sample(range(plan.shards), draw.randint(1, plan.shards)))
+            cuts = sorted(draw.sample(range(1, PARTS), len(shards) - 1))
+            parts = [after - before for before, after in itertools.pairwise([0, *cuts, PARTS])]
+            experts.append(SplitExpert(layer=layer, expert=expert, shards=tuple(zip(shards, parts, strict=True))))
+    return ExpertPlan(
+        epoch=1 + number - (number > 1 and draw.random() < 0.2),
+        num_shards=plan.shards,
+        experts=tuple(experts),
+        time=LOAD_SECONDS * (number + draw.random()) / 5,
+        before=2.0,
+        expected=1.0,
+        reason="simulated",
+    )
 
 
 def _request(draw: random.Random, plan: Plan, number: int) -> Request:

@@ -21,6 +21,7 @@ from services.gateway import liveness
 from services.gateway.generation import Generator
 from services.gateway.liveness import Liveness
 from services.gateway.progress import Progress
+from services.router import dispatch
 from services.router.kv_cache import BlockPool
 from services.router.messages import GenerateChunk, GenerateRequest
 from services.router.sequence import Sequence
@@ -44,6 +45,7 @@ def test_no_token_block_or_task_is_lost_whatever_fails(first: int) -> None:
         met.update(report.outcomes.values())
     assert met["ok"] > CHUNK
     assert met["generation.resumed"], "no stream lost its router: these runs prove little"
+    assert met["plan.followed"], "no router went over to a plan"
 
 
 @functools.cache
@@ -152,6 +154,10 @@ def test_a_wrong_sum_of_experts_is_seen() -> None:
         return compute(self, layer + 1, *tensors)
 
     assert "the experts' answer is wrong" in violations(SimulatedBank, "compute", early)
+
+
+def test_a_copy_that_is_not_there_and_is_not_done_without_is_seen() -> None:
+    assert "wrong_shard" in violations(dispatch, "AT_HOME", frozenset())
 
 
 def test_an_inbox_that_is_left_open_is_seen() -> None:

@@ -20,11 +20,13 @@ import msgspec
 import structlog
 
 from services.router.calls import HEDGE_SHARE, RETRY_RESERVE_PER_SECOND, RETRY_SHARE
+from shared import subjects, wire
+from shared.bus import Bus
 from shared.errors import MoeError
-from tests.simulation.fleet import GRACE_SECONDS, Gateway, Node, make_service, stand_ins
+from tests.simulation.fleet import DEPLOYMENT, GRACE_SECONDS, Gateway, Node, make_service, stand_ins
 from tests.simulation.loop import NOBODY, START, Process, SimulatedLoop, process, simulated_time
 from tests.simulation.nats import SimulatedServer
-from tests.simulation.numerics import SimulatedEngine, SimulatedModel, prompt_scores, routing_of
+from tests.simulation.numerics import SimulatedBank, SimulatedEngine, SimulatedModel, prompt_scores, routing_of
 from tests.simulation.plan import Fault, Kind, Plan, Request, make_plan
 
 SETTLE_SECONDS = 60.0
@@ -37,7 +39,17 @@ NOTICE_SECONDS = 2.0
 """Until a gateway must have gone on elsewhere when a router is lost."""
 AFTERMATH_SECONDS = 15.0
 """After a fault in which what follows may be its doing."""
-COUNTED = {"generation.resumed", "experts.stalled", "expert.takeover", "client.silent", "experts.skipped"}
+COUNTED = {
+    "generation.resumed",
+    "experts.stalled",
+    "expert.takeover",
+    "client.silent",
+    "experts.skipped",
+    "experts.at_home",
+    "plan.followed",
+    "copies.loaded",
+    "copies.dropped",
+}
 """Log events that a report counts."""
 REFUSALS = {"overloaded", "queue_timeout"}
 """How a fleet with too much to do answers; the client may come back."""
@@ -149,6 +161,7 @@ class World:
         SimulatedEngine.calls = Counter()
         SimulatedEngine.check = self._check_budgets
         SimulatedModel.blocks = self.plan.blocks
+        SimulatedBank.layers = range(self.plan.moe_layers)
         logs, state = structlog.get_config(), random.getstate()
         random.seed(self.plan.seed)
         structlog.configure(processors=[self._log], cache_logger_on_first_use=False)
@@ -174,12 +187,16 @@ class World:
             self._start(node)
         await self._until(self._ready, 30, "the fleet to be ready")
         self.say("ready")
+        monitor = Process(self.loop, "monitor")
+        telling = monitor.start(self._tell_plans(), "plans")
         async with asyncio.TaskGroup() as group:
             for request in self.plan.requests:
                 group.create_task(self._client(request))
             for fault in self.plan.faults:
                 group.create_task(self._fault(fault))
         await self._until(lambda: not self._left(), SETTLE_SECONDS, "nothing to be left")
+        telling.cancel()
+        await asyncio.wait({telling})
         self._check_at_rest()
         for node in self.nodes:
             node.shutdown.set()
@@ -190,6 +207,21 @@ class World:
         await asyncio.sleep(1)
         if self.server.sessions:
             self.violate(f"connections are left: {[s.client.name for s in self.server.sessions]}")
+
+    async def _tell_plans(self) -> None:
+        """Each plan from its time on, again and again, as a monitor does; or two of one epoch in turns, as two would."""
+        start = self.loop.time()
+        bus = await Bus.connect("nats://simulated", "monitor", "monitor")
+        try:
+            while True:
+                due = [plan for plan in self.plan.expert_plans if plan.time <= self.loop.time() - start]
+                for plan in due:
+                    if plan.epoch == due[-1].epoch:
+                        with contextlib.suppress(MoeError):
+                            await bus.publish(subjects.plan(DEPLOYMENT), wire.encode(plan))
+                await asyncio.sleep(0.5)
+        finally:
+            await bus.abort()
 
     async def _until(self, predicate: Callable[[], bool], seconds: float, what: str) -> None:
         deadline = self.loop.time() + seconds
@@ -431,15 +463,16 @@ class World:
         return code == "shard_unavailable" and len(lost) > 1
 
     def _under_way(self, owner: Process) -> int:
-        node = self._by_process[owner]
-        return node.service._bus.waiting if node.kind == "router" and node.service is not None else 0
+        node = self._by_process.get(owner)
+        return node.service._bus.waiting if node and node.kind == "router" and node.service is not None else 0
 
     def _check_budgets(self, owner: Process) -> None:
         """No more calls are sent than are made, retried and hedged within the budgets, or were refused unheard."""
         if owner.dead:
             return
-        calls = self._by_process[owner].service._experts.calls
-        made, sent = SimulatedEngine.calls[owner.name], self.server.calls[owner.name]
+        experts = self._by_process[owner].service._experts
+        calls = experts.calls
+        made, sent = SimulatedEngine.calls[owner.name] + experts.calls_at_home, self.server.calls[owner.name]
         paid = calls.retries.taken + calls.hedges.taken
         if sent > made + paid + self.server.refusals[owner.name]:
             self.violate(f"{owner.name}: {sent} calls sent for {made}, {paid} paid for by budgets")
