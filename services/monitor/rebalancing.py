@@ -15,7 +15,7 @@ import numpy.typing as npt
 import structlog
 from nats.aio.msg import Msg
 
-from services.monitor.balance import Policy, decide, imbalance, loads, split_of
+from services.monitor.balance import Policy, decide, imbalance, is_due, loads, split_of
 from services.monitor.expert_load import ExpertLoad
 from services.monitor.keeper import AUDIT_STREAM, BUCKET
 from services.monitor.messages import AuditRecord, Event, ExpertPlan
@@ -83,6 +83,8 @@ class Balance:
     kept: ExpertPlan | None = None
     """What JetStream has, as far as we know."""
     leading_since: float | None = None
+    next_try: float = 0.0
+    """When a plan may be tried again: after one that was no better, nothing else will be at once."""
     told_at: float = -TELL_SECONDS
     followed_at: float | None = None
     """When all routers had gone over to the plan; the imbalance is measured a window later."""
@@ -178,11 +180,12 @@ class Rebalancer:
         tokens = balance.load.tokens
         if tokens.size and num_shards:
             floor = max((m.status.epoch for m in observation.instances if m.status.deployment == deployment), default=0)
-            plan = await asyncio.to_thread(
-                decide, tokens, balance.plan, num_shards, self._policy, time.time(), floor=floor
-            )
-            if plan is not None:
-                await self._make(deployment, balance, plan, measured(observation, deployment))
+            known = (tokens, balance.plan, num_shards, self._policy, time.time())
+            if now >= balance.next_try and is_due(*known, floor=floor):
+                balance.next_try = now + self._policy.interval_seconds
+                plan = await asyncio.to_thread(decide, *known, floor=floor)  # of large models it takes a while
+                if plan is not None:
+                    await self._make(deployment, balance, plan, measured(observation, deployment))
         if balance.plan is None:
             return
         if balance.kept != balance.plan:
