@@ -37,6 +37,7 @@ from shared.instrumentation import (
     TAKEOVER_SECONDS,
 )
 from shared.logs import request_id, safe_request_id
+from shared.memory import available_memory
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import ExpertSettings
 from shared.status import Fleet, Status, StatusReporter
@@ -56,6 +57,10 @@ PROBE_SECONDS = 2.0
 """How long an answer to a probe is waited for; who is late lives."""
 COPY_PAUSE_SECONDS = 5.0
 """After a copy could not be loaded."""
+COPY_MEMORY_SECONDS = 30.0
+"""After there was no memory for them."""
+COPIES_SHARE_OF_MEMORY = 0.8
+"""Of what is left: the most that copies may take, which are a luxury."""
 HAND_OVER_SHARE = 0.7
 """Of GRACE_SECONDS: how long a worker that drains waits for another to take its shards over."""
 
@@ -330,6 +335,9 @@ class Worker:
                 if self._state.ready:
                     await self._load_copies()
                     await self._drop_copies()
+            except MemoryError as error:
+                log.warning("copies.refused", reason=str(error))
+                await asyncio.sleep(COPY_MEMORY_SECONDS)
             except Exception:  # home copies serve meanwhile
                 if not self._state.draining:
                     log.exception("copies.failed")
@@ -343,6 +351,7 @@ class Worker:
                 missing = self._copies.missing(self._state.shards)
                 if not missing:
                     break
+                self._check_memory(frozenset(missing))
                 layer = missing[0][0]
                 experts = [e for each, e in missing if each == layer]
                 keys = frozenset((layer, e) for e in experts)
@@ -361,6 +370,20 @@ class Worker:
             epoch = self._copies.epoch(self._state.shards)
             log.info("copies.loaded", epoch=epoch, copies=count, seconds=round(time.monotonic() - start, 3))
             await self._reporter.publish()
+
+    def _check_memory(self, keys: frozenset[Key]) -> None:
+        """See that there is memory for copies.
+
+        Raises:
+            MemoryError: there is not.
+
+        """
+        needed, available = self._bytes_of_copies(keys), available_memory()
+        if needed > COPIES_SHARE_OF_MEMORY * available:
+            raise MemoryError(
+                f"{len(keys)} copies take {needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB of memory are left; "
+                "lower REBALANCE_EXTRA_EXPERTS, or give the worker more"
+            )
 
     async def _drop_copies(self) -> None:
         routers = [s for s in self._fleet.live("router") if s.deployment == self._deployment and s.state == "ready"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import msgpack
 import pytest
@@ -188,3 +189,12 @@ async def test_a_copy_is_computed_in_its_layer_alone_and_refused_once_it_is_drop
     assert (await refusal(worker, request(**copied))).code == "wrong_shard"
     worker._bank.drop([(0, 3)])
     assert (await answered(worker, request())).any()
+
+
+async def test_copies_for_which_there_is_no_memory_are_refused_with_what_to_do(worker: Worker) -> None:
+    worker._check_memory(frozenset([(0, 1), (2, 1)]))
+    with (
+        mock.patch("services.expert.worker.available_memory", return_value=1000),
+        pytest.raises(MemoryError, match=r"2 copies take .* lower REBALANCE_EXTRA_EXPERTS"),
+    ):
+        worker._check_memory(frozenset([(0, 1), (2, 1)]))

@@ -213,6 +213,7 @@ def stand_ins(server: SimulatedServer) -> Iterator[None]:
             (expert_module, "serve_metrics", _no_metrics),
             (expert_module, "base_status", base_status),
             (expert_module, "give_back_memory", lambda: None),
+            (expert_module, "available_memory", lambda: 10**9),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield
