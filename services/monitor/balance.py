@@ -55,14 +55,13 @@ def home_split(num_layers: int, num_experts: int, num_shards: int) -> Split:
 
 
 def split_of(plan: ExpertPlan | None, num_layers: int, num_experts: int, num_shards: int) -> Split:
-    """What `plan` says; without one, or with one for another number of shards, what holds without a plan."""
+    """What `plan` says; without one, or with one for another model or number of shards, what holds without a plan."""
     split = home_split(num_layers, num_experts, num_shards)
-    if plan is not None and plan.num_shards == num_shards:
+    if plan is not None and plan.fits(num_layers, num_experts, num_shards):
         for expert in plan.experts:
-            if expert.layer < num_layers and expert.expert < num_experts:
-                split[expert.layer, expert.expert] = 0
-                for shard, parts in expert.shards:
-                    split[expert.layer, expert.expert, shard] = parts
+            split[expert.layer, expert.expert] = 0
+            for shard, parts in expert.shards:
+                split[expert.layer, expert.expert, shard] = parts
     return split
 
 

@@ -143,9 +143,11 @@ class BusExperts:
             shard_of_pair = experts % self.num_shards
             moved = None
         else:
-            shard_of_pair = table[row][experts, np.repeat(part_of(asked.rows), asked.top_k)].astype(np.int64)
+            shard_of_pair = table[row][experts, np.repeat(part_of(asked.rows), asked.top_k)]
             moved = shard_of_pair != experts % self.num_shards
         order = np.argsort(shard_of_pair, kind="stable")  # by shard, then by token
+        if moved is not None:
+            moved = moved[order]
         counts = np.bincount(shard_of_pair, minlength=self.num_shards)
         self.shard_tokens[row] += counts
         return self._calls(asked, order, counts, moved)
@@ -167,7 +169,7 @@ class BusExperts:
             asked: what all is about.
             order: numbers of pairs, by shard, then by token.
             counts: [S], how many of them each shard gets.
-            moved: of all pairs, whether each is for a copy; None: none is.
+            moved: whether each of them is for a copy; None: none is.
 
         """
         k, width = asked.top_k, asked.rows.shape[1]
@@ -201,9 +203,8 @@ class BusExperts:
                     expert_index=wire.Tensor.from_numpy(sent_experts[pairs]),
                     weights=wire.Tensor.from_numpy(sent_weights[pairs]),
                 )
-                numbers = order[pairs]
-                to_copies = moved is not None and bool(moved[numbers].any())
-                calls.append(Call(shard, rows[row_start:row_end], wire.encode(request), numbers, to_copies))
+                to_copies = moved is not None and bool(moved[pairs].any())
+                calls.append(Call(shard, rows[row_start:row_end], wire.encode(request), order[pairs], to_copies))
                 pair_start = stop
         return calls
 

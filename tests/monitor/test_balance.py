@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -20,7 +21,7 @@ from services.monitor.balance import (
     loads,
     split_of,
 )
-from services.monitor.messages import PARTS, ExpertPlan
+from services.monitor.messages import PARTS, ExpertPlan, SplitExpert
 from shared import wire
 
 NOW = 1_767_225_600.5
@@ -219,3 +220,12 @@ def test_a_plan_for_another_model_does_not_fit() -> None:
     tall = decide(np.roll(skewed(), -1, axis=1), None, 4, POLICY, NOW)
     assert tall is not None
     assert not tall.fits(2, 7, 4)
+
+
+def test_a_plan_that_does_not_fit_says_nothing() -> None:
+    plan = decide(skewed(), None, 4, POLICY, NOW)
+    assert plan is not None
+    beyond = SplitExpert(layer=0, expert=0, shards=((9, PARTS),))
+    for wrong in (plan, msgspec.structs.replace(plan, num_shards=5, experts=(beyond,))):
+        assert (split_of(wrong, 2, 8, 5) == home_split(2, 8, 5)).all()
+    assert (split_of(plan, 1, 8, 4) == home_split(1, 8, 4)).all()
