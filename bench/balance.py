@@ -23,11 +23,12 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import uvloop
 from nats.aio.msg import Msg
@@ -37,6 +38,7 @@ from bench.checkpoints import write
 from bench.dispatch import process, until
 from bench.stack import stack
 from services.benchmark_http import Client
+from services.monitor.balance import imbalance
 from services.monitor.messages import Event
 from services.nats_server import answers_as, binary, free_port, write_config
 from shared import subjects, wire
@@ -105,11 +107,6 @@ async def stream(client: Client, seen: Seen, number: int) -> None:
         seen.failed += status != 200
 
 
-def imbalance(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]]) -> float:
-    grown = [[b - a for a, b in zip(was, now, strict=True)] for was, now in zip(before, after, strict=True)]
-    return sum(max(row) for row in grown) * SHARDS / sum(sum(row) for row in grown)
-
-
 async def window(seen: Seen, seconds: float) -> tuple[float, float]:
     """Tokens per second, and the imbalance, of the next `seconds`."""
 
@@ -123,7 +120,8 @@ async def window(seen: Seen, seconds: float) -> tuple[float, float]:
     await asyncio.sleep(seconds)
     end, after = await look()
     speed = (after.tokens_total - before.tokens_total) / (end - start)
-    return speed, imbalance(before.shard_tokens, after.shard_tokens)
+    sent = np.array(after.shard_tokens, dtype=np.float64) - np.array(before.shard_tokens, dtype=np.float64)
+    return speed, imbalance(sent)
 
 
 async def measure(nats_url: str, folder: Path, seconds: float) -> dict[str, Any]:
