@@ -163,3 +163,12 @@ SHARD_REPLICAS = Gauge("moe_shard_replicas", "ready workers of a shard", ["deplo
 SHARDS_MISSING = Gauge("moe_shards_missing", "shards that no ready worker serves", ["deployment"], registry=REGISTRY)
 EVENTS = Counter("moe_events_total", "events published", ["kind"], registry=REGISTRY)
 STATE_STORED = Gauge("moe_state_stored", "1: the monitor's state is in JetStream, 0: it is not", registry=REGISTRY)
+
+# monitor: alerts
+ALERTS = Gauge("moe_alerts", "alerts: pending, firing", ["alert", "severity", "state"], registry=REGISTRY)
+ALERT_NOTIFICATIONS = Counter(
+    "moe_alert_notifications_total",
+    "notifications for the webhook: delivered, failed, dropped (too many waited)",
+    ["result"],
+    registry=REGISTRY,
+)
