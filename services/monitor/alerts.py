@@ -56,7 +56,6 @@ def step(before: State, readings: Iterable[Reading], now: float, settings: Monit
         settings: the pending times, and after how long what has no reading at all is over.
 
     """
-    now = max([now, *(alert.looked for alert in before.values())])  # a clock that is set back makes nothing younger
     found = {reading.key: reading for reading in readings}
     after: dict[Key, Alert] = {}
     closed: dict[Key, str] = {}
@@ -75,8 +74,9 @@ def step(before: State, readings: Iterable[Reading], now: float, settings: Monit
             since = alert.since if alert.firing else alert.since + now - alert.looked
             alert = replace(alert, since=since, looked=now)
         elif reading.verdict == "bad" and not alert.firing:
-            fires = now - alert.since >= pending_seconds(reading, settings)
-            alert = Alert(reading, fires, now if fires else alert.since, now)
+            since = min(alert.since, now)  # a clock that is set back must not keep it from firing
+            fires = now - since >= pending_seconds(reading, settings)
+            alert = Alert(reading, fires, now if fires else since, now)
         elif alert.firing and reading.verdict == "good":
             closed[key] = reading.text
             alert = None
