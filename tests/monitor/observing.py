@@ -6,6 +6,7 @@ from typing import Any
 
 from services.monitor.observations import Measured, Observation
 from shared.histogram import Histogram
+from shared.settings import MonitorSettings
 from shared.status import Status
 
 NOW = 1_767_225_600.0
@@ -28,6 +29,11 @@ def instance(name: str, *, age: float = 0.5, seconds: float = WINDOW, **more: An
 def seen(*instances: Measured, now: float = NOW) -> Observation:
     ordered = sorted(instances, key=lambda m: (m.service, m.instance))
     return Observation(now, WINDOW, tuple(ordered))
+
+
+def settings(**changed: Any) -> MonitorSettings:
+    """The defaults but for `changed`."""
+    return MonitorSettings(**changed)
 
 
 def counts(*milliseconds: float) -> tuple[int, ...]:

@@ -25,10 +25,10 @@ from services.monitor.alerts import (
 )
 from services.monitor.messages import Event, OpenAlert
 from services.monitor.rules import RULES, Reading, Verdict, judge
-from shared.settings import MonitorSettings
+from tests.monitor.observing import settings
 
 PENDING, FORGET, REPEAT = 10, 100, 40
-SETTINGS = MonitorSettings(
+SETTINGS = settings(
     alert_pending_seconds=PENDING,
     alert_urgent_pending_seconds=0,
     alert_forget_seconds=FORGET,
