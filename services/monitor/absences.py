@@ -5,6 +5,7 @@ Silence is proof only where we hear others; the caller sees to that.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
@@ -115,11 +116,11 @@ def shard_without_replica(seen: Observation, lost: Lost, settings: MonitorSettin
     }
     for deployment in sorted({m.status.deployment for m in seen.instances if m.status.deployment}):
         mine = [m.status for m in here if m.status.deployment == deployment]
-        served = [shard for s in mine if s.service == "expert" and s.state == "ready" for shard in s.shards]
+        served = Counter(shard for s in mine if s.service == "expert" and s.state == "ready" for shard in s.shards)
         sizes = [m.status.num_shards for m in seen.instances if m.status.deployment == deployment]
         verdict: Verdict
         for shard in range(max(sizes)):
-            subject, replicas = f"{deployment}/{shard}", float(served.count(shard))
+            subject, replicas = f"{deployment}/{shard}", float(served[shard])
             if replicas:
                 verdict, text = "good", f"shard {shard} of {deployment} is served"
             elif shard in missing.get(deployment, ()):

@@ -98,5 +98,7 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
             state = "draining"
             await reporter.publish()
             await keeper.leave()
+            if webhook is not None:
+                await webhook.leave()
     finally:
         stop_metrics()

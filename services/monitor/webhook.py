@@ -1,12 +1,13 @@
 """Sends notifications to ALERT_WEBHOOK_URL, one after the other; of each group at most one waits.
 
 What cannot be delivered yet waits, and what comes later of the same group takes its place: whoever was away hears how
-things are, not how they came to be. Nothing is kept on disk; a monitor that ends takes along what it could not deliver.
+things are, not how they came to be. Nothing is kept on disk; a monitor that dies takes along what it could not deliver.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from dataclasses import replace
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ MAX_GROUPS = 256
 MAX_TRIES = 12
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
+LEAVE_SECONDS = 2.0
 
 for _result in ("delivered", "failed", "dropped"):  # from the start, so that a dashboard shows zero and not nothing
     ALERT_NOTIFICATIONS.labels(_result)
@@ -78,6 +80,14 @@ class Webhook:
                 log.error("webhook.broken", host=self._host, reason=type(error).__name__)  # noqa: TRY400 - it may quote the URL
             await asyncio.sleep(LONGEST_WAIT_SECONDS)
 
+    async def leave(self) -> None:
+        """Try once to deliver what waits, before this monitor goes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS), httpx.AsyncClient(follow_redirects=False) as client:
+                for notification in list(self._waiting.values()):
+                    reason, _ = await self._post(client, notification)
+                    ALERT_NOTIFICATIONS.labels("failed" if reason else "delivered").inc()
+
     async def _send(self) -> None:
         async with httpx.AsyncClient(follow_redirects=False) as client:
             while True:
@@ -122,7 +132,7 @@ class Webhook:
                 status = answer.status_code  # what it says beyond that nobody reads, however long
         except (TimeoutError, httpx.TimeoutException):
             return f"no answer within {self._timeout:g} s", False
-        except (httpx.HTTPError, OSError) as error:  # its text may quote the URL
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:  # its text may quote the URL
             return type(error).__name__, False
         if 200 <= status < 300:
             return "", False

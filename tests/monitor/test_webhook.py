@@ -203,6 +203,30 @@ async def test_it_gives_up_after_so_many_tries_and_goes_on_with_the_next() -> No
             await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_who_goes_tries_once_more() -> None:
+    async with receiving(Receiver(free_port(), [500])) as receiver:
+        webhook = Webhook(receiver.url, OWN_URL, timeout_seconds=5)
+        webhook.offer(notification("d/0"))
+        webhook.offer(notification("e/0", deployment="e"))
+        await webhook.leave()
+    assert [body["groupLabels"]["deployment"] for body in receiver.bodies] == ["d", "e"]
+
+
+async def test_who_goes_does_not_wait_for_a_receiver_that_is_slow() -> None:
+    async with receiving(Receiver(free_port(), [60.0])) as receiver:
+        webhook = Webhook(receiver.url, OWN_URL, timeout_seconds=30)
+        webhook.offer(notification("d/0"))
+        await webhook.leave()
+        assert webhook.waiting == 1
+
+
+async def test_a_url_that_httpx_cannot_use_ends_nothing() -> None:
+    async with sending("http://xn--/") as webhook:
+        with capture_logs() as lines:
+            webhook.offer(notification("d/0"))
+            await wait_until(lambda: any(ln["event"].startswith("webhook.") for ln in lines), "it to be said", SOON)
+
+
 async def test_so_many_groups_wait_and_no_more() -> None:
     webhook = Webhook("http://127.0.0.1:1/", OWN_URL, timeout_seconds=1)
     for n in range(MAX_GROUPS + 10):
