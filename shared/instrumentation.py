@@ -174,3 +174,12 @@ SHARD_IMBALANCE = Gauge(
     registry=REGISTRY,
 )
 PLAN_EPOCH = Gauge("moe_plan_epoch", "number of the plan that is told", ["deployment"], registry=REGISTRY)
+
+# monitor: alerts
+ALERTS = Gauge("moe_alerts", "alerts: pending, firing", ["alert", "severity", "state"], registry=REGISTRY)
+ALERT_NOTIFICATIONS = Counter(
+    "moe_alert_notifications_total",
+    "notifications for the webhook: delivered, failed, dropped (too many waited)",
+    ["result"],
+    registry=REGISTRY,
+)

@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Literal, NoReturn, Self, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,7 +18,7 @@ from shared.errors import StartError
 MIB = 1024 * 1024
 DegradedMode = Literal["fail", "skip"]
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "models" / "demo"
-SECRETS = ("API_AUTH_TOKEN", "REDIS_URL")
+SECRETS = ("API_AUTH_TOKEN", "REDIS_URL", "ALERT_WEBHOOK_URL")
 
 
 class ServiceSettings(BaseSettings):
@@ -195,6 +196,79 @@ class MonitorSettings(ServiceSettings):
         2000, ge=1, le=1_000_000_000, description="least tokens per MoE layer in that average"
     )
     rebalance_interval_seconds: float = Field(60, ge=1, le=86_400, description="least time between two plans")
+    alert_latency: Literal["time_to_first_token", "inter_token", "end_to_end"] = Field(
+        "time_to_first_token", description="the latency that high_latency looks at"
+    )
+    alert_latency_ms: float = Field(500, gt=0, description="high_latency fires above this p95")
+    alert_latency_clear_ms: float = Field(400, gt=0, description="and clears at this one")
+    alert_error_rate: float = Field(
+        0.05, gt=0, le=1, description="high_error_rate fires above this share of requests that fail with HTTP 5xx"
+    )
+    alert_error_rate_clear: float = Field(0.025, ge=0, le=1, description="and clears at this one")
+    alert_cache_hit_rate: float = Field(
+        0.6, ge=0, le=1, description="low_cache_hit_rate fires below this share of look-ups that find an answer"
+    )
+    alert_cache_hit_rate_clear: float = Field(0.65, ge=0, le=1, description="and clears at this one")
+    alert_memory: float = Field(
+        0.9, gt=0, le=1, description="resource_exhaustion fires above this share of a host's or container's memory"
+    )
+    alert_memory_clear: float = Field(0.85, gt=0, le=1, description="and clears at this one")
+    alert_imbalance: float = Field(
+        2.0, ge=1, description="expert_imbalance fires above this many times the mean, of the busiest shard's tokens"
+    )
+    alert_imbalance_clear: float = Field(1.5, ge=1, description="and clears at this many")
+    alert_queue: float = Field(0.8, gt=0, le=1, description="queue_saturated fires above this share of a full line")
+    alert_queue_clear: float = Field(0.5, ge=0, le=1, description="and clears at this one")
+    alert_window_seconds: float = Field(60, ge=5, le=600, description="what alerts look back on, for rates and latency")
+    alert_min_samples: int = Field(
+        20, ge=1, description="requests or look-ups in the window below which their rates are unknown"
+    )
+    alert_min_tokens: int = Field(
+        1000, ge=1, description="tokens to experts in the window below which their imbalance is unknown"
+    )
+    alert_pending_seconds: float = Field(
+        15, ge=0, le=3600, description="how long a figure is bad before its alert fires"
+    )
+    alert_urgent_pending_seconds: float = Field(
+        0, ge=0, le=3600, description="the same of service_down and shard_without_replica"
+    )
+    alert_repeat_seconds: float = Field(
+        14_400, ge=1, le=604_800, description="when the webhook is told again of what still fires"
+    )
+    alert_forget_seconds: float = Field(
+        3600, ge=1, le=604_800, description="when an alert ends about something that was not heard of since"
+    )
+    alert_webhook_url: str | None = Field(
+        None, description="where alerts are sent, as Alertmanager's webhook JSON (default: nowhere)"
+    )
+    alert_webhook_timeout_seconds: float = Field(5, gt=0, le=60, description="longest wait for the webhook's answer")
+
+    @field_validator("alert_webhook_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value)
+            fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # its text may quote a part of the URL
+            fits = False
+        if not fits:
+            raise ValueError("must be of the form http://host[:port]/path or https://host[:port]/path")
+        return value
+
+    @model_validator(mode="after")
+    def _alerts_clear_where_all_is_well(self) -> Self:
+        def put(name: str) -> str:
+            return f"ALERT_{name.upper()}={getattr(self, f'alert_{name}'):g}"
+
+        for name in ("latency_ms", "error_rate", "cache_hit_rate", "memory", "imbalance", "queue"):
+            clearing = "latency_clear_ms" if name == "latency_ms" else f"{name}_clear"
+            fires, clears = getattr(self, f"alert_{name}"), getattr(self, f"alert_{clearing}")
+            wrong, side = (clears < fires, "least") if name == "cache_hit_rate" else (clears > fires, "most")
+            if wrong:
+                raise ValueError(f"{put(clearing)} must be at {side} {put(name)}")
+        return self
 
 
 S = TypeVar("S", bound=ServiceSettings)

@@ -62,10 +62,11 @@ class Loss:
 
 
 class Watch:
-    """What one worker knows of its deployment's other workers."""
+    """What one worker knows of its deployment's other workers, or a monitor of the instances of a service."""
 
-    def __init__(self, instance: str) -> None:
+    def __init__(self, instance: str, *, doubt_seconds: float = DOUBT_SECONDS) -> None:
         self._me = instance
+        self._doubt_seconds = doubt_seconds
         self._own_sign = -math.inf
         self._own_asked: float | None = None
         self._own_heard = -math.inf
@@ -98,7 +99,7 @@ class Watch:
         for instance, peer in self._peers.items():
             if late:
                 peer.proven = None
-            if peer.verdict or now < peer.spared_until or now - peer.sign <= DOUBT_SECONDS:
+            if peer.verdict or now < peer.spared_until or now - peer.sign <= self._doubt_seconds:
                 continue
             if peer.asked is None:
                 peer.asked, peer.proven = now, None
@@ -149,6 +150,10 @@ class Watch:
     def workers(self) -> list[Status]:
         """The last reports of those who live and stay: neither lost nor draining."""
         return [p.status for p in self._peers.values() if not p.verdict and p.status.state != "draining"]
+
+    def lost(self) -> dict[str, str]:
+        """Those that are lost, each with `gone` or `stalled`."""
+        return {instance: peer.verdict for instance, peer in self._peers.items() if peer.verdict}
 
     def losses(self, me: Status, num_shards: int, now: float, *, needed: bool) -> list[Loss]:
         """Shards that `me` should take over now.

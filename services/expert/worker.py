@@ -265,12 +265,12 @@ class Worker:
         await self._take(bus, shards)
         with contextlib.suppress(MoeError):  # disconnected: the subscriptions and the report follow the reconnect
             await bus.flush()
-        await self._reporter.publish()
         now = time.monotonic()
         log.info("expert.taken_over", shards=shards, load_seconds=round(now - start, 3))
-        for loss in losses:
+        for loss in losses:  # before the report, by which the monitor ends its alert: events tell it in that order
             TAKEOVER_SECONDS.labels(loss.reason).observe(now - loss.sign)
             await self._tell(bus, loss, now - loss.sign)
+        await self._reporter.publish()
 
     async def _tell(self, bus: Bus, loss: Loss, seconds: float) -> None:
         lost = f"{loss.instance} ({loss.reason})" if loss.instance else "nobody"

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import msgspec
 import structlog
 
-from services.monitor.messages import Deployment, Placement, Roster
+from services.monitor.messages import Deployment, OpenAlert, Placement, Roster
 from services.monitor.state import Look, deployment_after, deployments, placement_after, roster_after
 from shared import subjects, wire
 from shared.bus import Bus
@@ -85,6 +85,23 @@ class Keeper:
         self._looked = False
         self._said: str | None = None
         self.stored = False
+        self.told: Callable[[], tuple[OpenAlert, ...] | None] = lambda: None
+        """What everybody was told of by this monitor; None: it is not the one that acts."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether nothing can be kept for now."""
+        return self._said is not None
+
+    async def open_alerts(self) -> tuple[OpenAlert, ...] | None:
+        """What is kept of what everybody was told of; None: that cannot be read now."""
+        if self._store is None:
+            return None
+        try:
+            kept = await self._read(self._store, Roster, ROSTER)
+        except MoeError:
+            return None
+        return kept.value.alerts if kept.value else ()
 
     async def run(self) -> None:
         while True:
@@ -161,7 +178,7 @@ class Keeper:
 
     async def _write(self, store: Store, live: Sequence[Status]) -> None:
         """Bring what is kept up to what is seen."""
-        look = Look(live, time.time(), self._bus.instance, first=not self._looked)
+        look = Look(live, time.time(), self._bus.instance, first=not self._looked, alerts=self.told())
         await self._bring(
             store, store.rosters, Roster, ROSTER, lambda k: roster_after(k.value, look, damaged=k.damaged)
         )

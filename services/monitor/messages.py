@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -22,12 +22,23 @@ class Event(Message, frozen=True, kw_only=True):
     """`moe.events.<kind>`: something that an operator should know."""
 
     kind: str
-    """What is wrong: `service_down`, `shard_without_replica`."""
+    """An alert's rule, or what happened: `takeover`."""
     subject: str
-    """The instance or shard that it is about."""
+    """The instance, host, deployment or shard that it is about."""
     text: str
     time: float
     """Unix seconds."""
+    state: Literal["", "firing", "resolved"] = ""
+    """Of an alert; empty: this is none."""
+    severity: Literal["", "critical", "warning", "info"] = ""
+    action: str = ""
+    """What it calls for: `scale_up`, `investigate`, `optimize_cache`, `restart`, `takeover`, `rebalance`."""
+    value: float | None = None
+    threshold: float | None = None
+    started: float = 0.0
+    """Unix seconds of the firing."""
+    fingerprint: str = ""
+    """The same in everything that is said of one alert."""
 
 
 class AuditRecord(Message, frozen=True, kw_only=True):
@@ -83,10 +94,24 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OpenAlert(msgspec.Struct, frozen=True, kw_only=True):
-    """An alert that was opened and not closed yet."""
+    """An alert that everybody was told of, as it was then, and that is not known to be over."""
 
     kind: str
     subject: str
+    text: str = ""
+    service: str = ""
+    deployment: str = ""
+    instance: str = ""
+    severity: Literal["", "critical", "warning", "info"] = ""
+    action: str = ""
+    advice: str = ""
+    """What to do, for people."""
+    value: float | None = None
+    threshold: float | None = None
+    started: float = 0.0
+    """Unix seconds of the firing."""
+    notified: float = 0.0
+    """Unix seconds of its group's last notification."""
 
 
 class Roster(Message, frozen=True, kw_only=True):

@@ -3,55 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 import msgspec
-import structlog
 
-from services.monitor.findings import Finding, findings, shards_missing
+from services.monitor.alerting import Alerting
+from services.monitor.findings import shards_missing
 from services.monitor.keeper import Keeper
-from services.monitor.messages import Event
+from services.monitor.presence import Presence
 from services.monitor.rebalancing import Rebalancer
 from services.monitor.sight import Sight
-from shared import subjects, wire
+from services.monitor.webhook import Webhook
 from shared.bus import Bus
-from shared.errors import MoeError
-from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS, SHARDS_MISSING
+from shared.instrumentation import INSTANCES, SHARD_REPLICAS, SHARDS_MISSING
 from shared.service import base_status, instance_name, serve_metrics, service_context, until
 from shared.settings import MonitorSettings
 from shared.status import Fleet, State, Status, StatusReporter
 
-log = structlog.get_logger()
-
-EVENTS.labels("alert")  # from the start, so that a dashboard shows zero and not nothing
-
 
 class Monitor:
-    """Remembers the last look, and what was already said."""
+    """Shows on /metrics who is there and which shards are served."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._before: list[Status] = []
-        self._open: set[tuple[str, str]] = set()
 
     async def run(self, bus: Bus) -> None:
         while True:
-            await self._look(bus)
+            if bus.connected:  # else we hear nobody; that says nothing about them
+                self._gauges(self._fleet.live())
             await asyncio.sleep(1)
-
-    async def _look(self, bus: Bus) -> None:
-        if not bus.connected:  # we hear nobody; that says nothing about them
-            self._before = []
-            return
-        now = self._fleet.live()
-        found = findings(self._before, now)
-        self._before = now
-        self._gauges(now)
-        current = {(f.kind, f.subject) for f in found}
-        for finding in found:
-            if (finding.kind, finding.subject) not in self._open:
-                await self._tell(bus, finding)
-        self._open = current
 
     def _gauges(self, now: list[Status]) -> None:
         INSTANCES.clear()
@@ -65,22 +46,19 @@ class Monitor:
                 for shard in status.shards:
                     SHARD_REPLICAS.labels(status.deployment, str(shard)).inc()
 
-    async def _tell(self, bus: Bus, finding: Finding) -> None:
-        log.warning("alert", kind=finding.kind, subject=finding.subject, text=finding.text)
-        EVENTS.labels("alert").inc()
-        event = Event(kind=finding.kind, subject=finding.subject, text=finding.text, time=time.time())
-        try:
-            await bus.publish(subjects.event("alert"), wire.encode(event))
-        except MoeError as error:
-            log.warning("alert.unpublished", reason=error.message)
 
-
-async def _watch(monitor: Monitor, keeper: Keeper, rebalancer: Rebalancer, bus: Bus) -> None:
-    """Tell what is wrong, keep what was seen and even the load, none waiting for another."""
+async def _watch(parts: Mapping[str, Coroutine[Any, Any, None]]) -> None:
+    """Run the monitor's parts, none waiting for another."""
     async with asyncio.TaskGroup() as group:
-        group.create_task(monitor.run(bus), name="alerts")
-        group.create_task(keeper.run(), name="state")
-        group.create_task(rebalancer.run(), name="rebalance")
+        for name, part in parts.items():
+            group.create_task(part, name=name)
+
+
+def _webhook(settings: MonitorSettings, address: str) -> Webhook | None:
+    url = settings.alert_webhook_url
+    if url is None:
+        return None
+    return Webhook(url, f"http://{address}", timeout_seconds=settings.alert_webhook_timeout_seconds)
 
 
 async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
@@ -110,10 +88,22 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
             fleet = Fleet(settings.stale_seconds, tell=sight.tell)
             keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
-            rebalancer = Rebalancer(service.bus, sight, settings)
-            await until(shutdown, _watch(Monitor(fleet), keeper, rebalancer, service.bus))
+            presence = Presence(service.bus, fleet)
+            webhook = _webhook(settings, address)
+            parts = {
+                "gauges": Monitor(fleet).run(service.bus),
+                "state": keeper.run(),
+                "presence": presence.run(),
+                "alerts": Alerting(settings, service.bus, sight, presence, keeper, webhook).run(),
+                "balance": Rebalancer(service.bus, sight, settings).run(),
+            }
+            if webhook is not None:
+                parts["webhook"] = webhook.run()
+            await until(shutdown, _watch(parts))
             state = "draining"
             await reporter.publish()
             await keeper.leave()
+            if webhook is not None:
+                await webhook.leave()
     finally:
         stop_metrics()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from services.monitor.findings import shards_missing
 from services.monitor.messages import AuditRecord, Deployment, Member, OpenAlert, Placement, Roster
 from shared.status import Status
 
@@ -31,6 +30,8 @@ class Look:
     actor: str
     first: bool = False
     """Whether this monitor has not looked before: when something went, it does not know."""
+    alerts: tuple[OpenAlert, ...] | None = None
+    """What everybody was told of, by the monitor that acts; None: this is another one, or it does not know yet."""
 
     def record(self, action: str, subject: str, text: str) -> AuditRecord:
         identity = f"{self.now:.6f}-{self.actor}-{action}-{subject}"
@@ -120,16 +121,16 @@ def roster_after(before: Roster | None, look: Look, *, damaged: bool = False) ->
         Member(service=s.service, instance=s.instance, draining=s.state == "draining")
         for s in sorted(look.live, key=lambda s: (s.service, s.instance))
     )
-    missing = [f"{name}/{shard}" for name, shards in shards_missing(look.live).items() for shard in shards]
-    alerts = tuple(OpenAlert(kind="shard_without_replica", subject=subject) for subject in missing)
+    alerts = old.alerts if look.alerts is None else look.alerts
     if before is not None and (members, alerts) == (before.members, before.alerts):
         return before
     if damaged:
         records = [look.record("state_rebuilt", "roster", "what was kept could not be read; begun anew")]
     else:
         records = [*_gone(old.members, members, look), *_new(old.members, members, look)]
-    records += [look.record("alert_opened", a.subject, _opened(a)) for a in alerts if a not in old.alerts]
-    records += [look.record("alert_closed", a.subject, _closed(a, look)) for a in old.alerts if a not in alerts]
+    had, has = ({(a.kind, a.service, a.subject): a for a in some} for some in (old.alerts, alerts))
+    records += [look.record("alert_opened", a.subject, f"{a.kind}: {a.text}") for k, a in has.items() if k not in had]
+    records += [look.record("alert_closed", a.subject, f"{a.kind} is over") for k, a in had.items() if k not in has]
     return Roster(members=members, alerts=alerts, unwritten=tuple(records))
 
 
@@ -156,15 +157,3 @@ def _new(before: Sequence[Member], now: Sequence[Member], look: Look) -> list[Au
         for m in now
         if (m.service, m.instance) not in known
     ]
-
-
-def _opened(alert: OpenAlert) -> str:
-    deployment, _, shard = alert.subject.partition("/")
-    return f"no worker serves shard {shard} of {deployment}"
-
-
-def _closed(alert: OpenAlert, look: Look) -> str:
-    deployment, _, shard = alert.subject.partition("/")
-    if any(s.service == "router" and s.state == "ready" for s in look.of(deployment)):
-        return f"shard {shard} of {deployment} is served again"
-    return f"no router needs shard {shard} of {deployment} now"

@@ -7,13 +7,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.monitor.keeper import AUDIT_STREAM, BUCKET, EVENTS_STREAM, PLACEMENT, ROSTER, Keeper
-from services.monitor.messages import Deployment, Placement, Roster
+from services.monitor.messages import Deployment, OpenAlert, Placement, Roster
 from services.monitor.state import (
     LAST_SEEN_SECONDS,
     Look,
@@ -48,8 +49,8 @@ SETTLE_SECONDS = 0.5
 NOW = 1767225600.5
 
 
-def look(*live: Status, now: float = NOW, first: bool = False) -> Look:
-    return Look(live, now, "monitor-1", first=first)
+def look(*live: Status, now: float = NOW, first: bool = False, alerts: tuple[OpenAlert, ...] | None = None) -> Look:
+    return Look(live, now, "monitor-1", first=first, alerts=alerts)
 
 
 # -- pure ------------------------------------------------------------------------------------------------------------
@@ -133,15 +134,27 @@ def test_a_roster_says_who_came_and_went_and_how() -> None:
     assert "while no monitor watched" in gone.unwritten[0].text
 
 
-def test_a_roster_opens_and_closes_alerts() -> None:
-    whole = roster_after(None, look(router(), worker("a", 0), worker("b", 1)))
-    half = roster_after(whole, look(router(), worker("a", 0)))
-    assert told(half) == [("service_down", "b"), ("alert_opened", f"{DEPLOYMENT}/1")]
-    again = roster_after(half, look(router(), worker("a", 0, 1)))
-    assert told(again) == [("alert_closed", f"{DEPLOYMENT}/1")]
-    assert "served again" in again.unwritten[0].text
-    unneeded = roster_after(half, look(router(state="draining"), worker("a", 0)))
-    assert "no router needs" in unneeded.unwritten[0].text
+def test_a_roster_keeps_what_the_monitor_that_acts_has_told() -> None:
+    alert = OpenAlert(
+        kind="shard_without_replica", service="expert", subject=f"{DEPLOYMENT}/1", text="nobody serves it"
+    )
+    whole = roster_after(None, look(router(), worker("a", 0), alerts=()))
+    opened = roster_after(whole, look(router(), worker("a", 0), alerts=(alert,)))
+    assert opened.alerts == (alert,)
+    assert told(opened) == [("alert_opened", f"{DEPLOYMENT}/1")]
+    assert "nobody serves it" in opened.unwritten[0].text
+    repeated = msgspec.structs.replace(alert, notified=NOW)
+    again = roster_after(opened, look(router(), worker("a", 0), alerts=(repeated,)))
+    assert (again.alerts, told(again)) == ((repeated,), [])
+    closed = roster_after(again, look(router(), worker("a", 0), alerts=()))
+    assert (closed.alerts, told(closed)) == ((), [("alert_closed", f"{DEPLOYMENT}/1")])
+
+
+def test_a_monitor_that_does_not_act_leaves_the_rosters_alerts_as_they_are() -> None:
+    alert = OpenAlert(kind="service_down", service="expert", subject="b")
+    opened = roster_after(None, look(router(), alerts=(alert,)))
+    assert roster_after(opened, look(router(), alerts=None)) is opened
+    assert roster_after(opened, look(router(), worker("a", 0), alerts=None)).alerts == (alert,)
 
 
 def test_a_roster_that_could_not_be_read_says_so_and_not_that_all_have_come() -> None:

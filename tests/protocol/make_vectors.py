@@ -108,7 +108,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CheckReply": {"v": 1},
     "ExpertsRequest": {"v": 1},
     "ExpertsReply": {"v": 1},
-    "Event": {"v": 1},
+    "Event": {
+        "v": 1,
+        "state": "",
+        "severity": "",
+        "action": "",
+        "value": None,
+        "threshold": None,
+        "started": 0.0,
+        "fingerprint": "",
+    },
     "AuditRecord": {"v": 1},
     "Deployment": {"v": 1},
     "Placement": {"v": 1, "unwritten": []},
@@ -163,6 +172,22 @@ RECORD = {
 }
 
 # type -> the message with its required fields only
+OPEN_ALERT = {
+    "kind": "shard_without_replica",
+    "subject": "demo-3f2a91bc/1",
+    "text": "no worker serves shard 1 of demo-3f2a91bc",
+    "service": "expert",
+    "deployment": "demo-3f2a91bc",
+    "instance": "",
+    "severity": "critical",
+    "action": "takeover",
+    "advice": "Start workers.",
+    "value": 0.0,
+    "threshold": 1.0,
+    "started": 1767225600.5,
+    "notified": 1767225600.5,
+}
+
 MINIMAL: dict[str, dict[str, Any]] = {
     "GenerateRequest": {"id": "g-1", "token_ids": [5], "max_tokens": 1},
     "GenerateChunk": {"id": "g-1"},
@@ -207,7 +232,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
     },
     "Roster": {
         "members": [{"service": "router", "instance": "router-1", "draining": False}],
-        "alerts": [{"kind": "shard_without_replica", "subject": "demo-3f2a91bc/1"}],
+        "alerts": [OPEN_ALERT],
     },
     "ExpertPlan": {
         "epoch": 2,
@@ -392,6 +417,24 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
         {"v": 1, "service": "monitor", "instance": "monitor-1", "state": "ready", "state_stored": True},
     ),
     ("event: a worker fell silent", "Event", {"v": 1, **MINIMAL["Event"]}),
+    (
+        "event: an alert is over",
+        "Event",
+        {
+            "v": 1,
+            "kind": "high_latency",
+            "subject": "demo-3f2a91bc",
+            "text": "p95 of time to first token of demo-3f2a91bc is 380 ms over 412 samples in 60 s",
+            "time": 1767225660.5,
+            "state": "resolved",
+            "severity": "warning",
+            "action": "scale_up",
+            "value": 0.625,
+            "threshold": 0.5,
+            "started": 1767225600.5,
+            "fingerprint": "9d2c0f6a4be1735d",
+        },
+    ),
     ("audit: a placement changed", "AuditRecord", {"v": 1, **RECORD}),
     ("deployment: seen for an hour", "Deployment", {"v": 1, **MINIMAL["Deployment"]}),
     ("placement: every field", "Placement", {"v": 1, **MINIMAL["Placement"], "unwritten": [{"v": 1, **RECORD}]}),
@@ -404,7 +447,7 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
                 {"service": "expert", "instance": "expert-1", "draining": True},
                 {"service": "router", "instance": "router-1", "draining": False},
             ],
-            "alerts": [{"kind": "shard_without_replica", "subject": "demo-3f2a91bc/1"}],
+            "alerts": [OPEN_ALERT],
             "unwritten": [{"v": 1, **RECORD}],
         },
     ),
@@ -602,6 +645,8 @@ def hostile_values() -> list[tuple[str, str, dict[str, Any]]]:
         ("Status", "started as a timestamp", {"started": msgpack.Timestamp(1)}),
         ("Status", "expert_tokens without rows", {"expert_tokens": [1, 2]}),
         ("Event", "the time as text", {"time": "2026-01-01T00:00:00Z"}),
+        ("Event", "a state that no one knows", {"state": "acknowledged"}),
+        ("Event", "a value as text", {"value": "0.6"}),
         ("AuditRecord", "the time as text", {"time": "2026-01-01T00:00:00Z"}),
         ("Deployment", "a negative number of shards", {"num_shards": -1}),
         ("Placement", "an epoch of 0", {"epoch": 0}),

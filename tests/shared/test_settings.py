@@ -9,6 +9,7 @@ import pytest
 from shared.errors import StartError
 from shared.settings import (
     DEMO_MODEL,
+    SECRETS,
     ExpertSettings,
     GatewaySettings,
     MonitorSettings,
@@ -27,7 +28,8 @@ def _no_settings_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in KINDS:
         for name in kind.model_fields:
             monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.delenv("API_AUTH_TOKEN_FILE", raising=False)
+    for name in SECRETS:
+        monkeypatch.delenv(f"{name}_FILE", raising=False)
 
 
 def refusal(kind: type[ServiceSettings]) -> str:
@@ -85,6 +87,8 @@ def test_settings_cannot_be_changed() -> None:
         (MonitorSettings, "ENV", "prod"),
         (MonitorSettings, "LOG_LEVEL", "loud"),
         (MonitorSettings, "TIMEOUT_SECONDS", "nan"),
+        (MonitorSettings, "ALERT_LATENCY", "prefill"),
+        (MonitorSettings, "ALERT_ERROR_RATE", "5"),
     ],
 )
 def test_one_wrong_value_gives_one_line_that_names_it(
@@ -149,6 +153,39 @@ def test_a_wrong_secret_is_named_but_not_shown(monkeypatch: pytest.MonkeyPatch, 
     file.write_text("hunter2", encoding="utf-8")
     monkeypatch.setenv("API_AUTH_TOKEN_FILE", str(file))
     assert "hunter2" not in refusal(GatewaySettings)
+
+
+@pytest.mark.parametrize("url", ["hooks.example", "ftp://h/x", "http:///", "http://h:port/", "http://h:99999/"])
+def test_a_webhook_that_is_no_http_url_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("ALERT_WEBHOOK_URL", f"{url}{SECRET}")
+    text = refusal(MonitorSettings)
+    assert text.startswith("ALERT_WEBHOOK_URL='(hidden)': must be of the form http://")
+    assert SECRET not in text
+
+
+def test_a_webhook_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text(f"https://hooks.example/{SECRET}\n", encoding="utf-8")
+    monkeypatch.setenv("ALERT_WEBHOOK_URL_FILE", str(file))
+    assert load(MonitorSettings).alert_webhook_url == f"https://hooks.example/{SECRET}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("ALERT_LATENCY_CLEAR_MS", "501", "at most ALERT_LATENCY_MS=500"),
+        ("ALERT_ERROR_RATE_CLEAR", "0.06", "at most ALERT_ERROR_RATE=0.05"),
+        ("ALERT_CACHE_HIT_RATE_CLEAR", "0.5", "at least ALERT_CACHE_HIT_RATE=0.6"),
+        ("ALERT_MEMORY_CLEAR", "0.95", "at most ALERT_MEMORY=0.9"),
+        ("ALERT_IMBALANCE_CLEAR", "3", "at most ALERT_IMBALANCE=2"),
+        ("ALERT_QUEUE_CLEAR", "0.9", "at most ALERT_QUEUE=0.8"),
+    ],
+)
+def test_an_alert_clears_on_the_good_side_of_where_it_fires(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, other: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert refusal(MonitorSettings) == f"{name}={value} must be {other}"
 
 
 def test_a_home_that_nobody_has_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
