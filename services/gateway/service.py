@@ -14,13 +14,15 @@ import uvicorn
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.app import build_app
-from services.gateway.context import Context
+from services.gateway.context import REPORTS_SPACING_SECONDS, Context
 from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
 from services.gateway.idempotency import Idempotency
 from services.gateway.operations import health
+from services.gateway.report import REPORT_SECONDS
 from services.gateway.slow_readers import impatient_protocol
 from services.gateway.text import TextTokenizer
+from services.monitor.observations import History
 from shared.checkpoint import Checkpoint
 from shared.errors import StartError
 from shared.replicas import Replicas
@@ -95,7 +97,13 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         reporter = service.reporter
         deployment = checkpoint.deployment(settings.model_name)
         routers = Replicas("router", deployment)
-        fleet = Fleet(tell=routers.observe)
+        history = History(REPORT_SECONDS, spacing=REPORTS_SPACING_SECONDS)
+
+        def hear(status: Status, now: float) -> None:
+            routers.observe(status, now)
+            history.observe(status, now)
+
+        fleet = Fleet(tell=hear)
         await fleet.watch(service.bus)
         admission = Admission(
             settings.max_concurrent_requests,
@@ -127,6 +135,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             generator,
             forwards,
             idempotency,
+            history=history,
         )
         config = uvicorn.Config(
             build_app(context),
