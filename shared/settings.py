@@ -181,6 +181,10 @@ class ExpertSettings(ComputeSettings):
 class MonitorSettings(ServiceSettings):
     stale_seconds: float = Field(5, gt=0, le=600, description="a silent instance counts as down after this")
 
+    monitor_port: int = Field(
+        8001, ge=0, le=65535, description="port of the monitor's page (0: a free one, named in the log)"
+    )
+
 
 S = TypeVar("S", bound=ServiceSettings)
 

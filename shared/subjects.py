@@ -7,6 +7,7 @@ import re
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
 
 STATUS_ALL = "moe.status.>"
+EVENTS_ALL = "moe.events.>"
 ROUTER_QUEUE = "router"
 KINDS = ("generate", "forward", "experts", "worker", "control")
 EVENT_KINDS = ("alert", "rollout", "scaling", "takeover")

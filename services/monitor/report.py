@@ -192,7 +192,7 @@ def fleet_report(seen: Observation) -> FleetReport:
         cache=cache,
         services=services,
         deployments=deployments,
-        instances=tuple(_instance(m) for m in seen.instances),
+        instances=tuple(_instance(m) for m in sorted(seen.instances, key=_on_the_path)),
         recommendations=recommendations(
             seen,
             error_rate=errors.rate,
@@ -221,6 +221,11 @@ def own_failures(failures: dict[str, int]) -> int:
 def _services(seen: Observation) -> list[str]:
     others = sorted({m.service for m in seen.instances} - set(SERVICES))
     return [*SERVICES, *others]
+
+
+def _on_the_path(m: Measured) -> tuple[int, str, str]:
+    """In the order of a request's way."""
+    return (SERVICES.index(m.service) if m.service in SERVICES else len(SERVICES), m.service, m.instance)
 
 
 def _deployments(seen: Observation) -> list[str]:

@@ -11,12 +11,14 @@ import structlog
 from services.monitor.findings import Finding, findings, shards_missing
 from services.monitor.keeper import Keeper
 from services.monitor.messages import Event
+from services.monitor.page.server import serving
+from services.monitor.page.view import View
 from services.monitor.sight import Sight
 from shared import subjects, wire
-from shared.bus import Bus
+from shared.bus import Bus, without_secrets
 from shared.errors import MoeError
 from shared.instrumentation import EVENTS, INSTANCES, SHARD_REPLICAS, SHARDS_MISSING
-from shared.service import base_status, instance_name, serve_metrics, service_context, until
+from shared.service import base_status, instance_name, listen, serve_metrics, service_context, until
 from shared.settings import MonitorSettings
 from shared.status import Fleet, State, Status, StatusReporter
 
@@ -74,11 +76,12 @@ class Monitor:
             log.warning("alert.unpublished", reason=error.message)
 
 
-async def _watch(monitor: Monitor, keeper: Keeper, bus: Bus) -> None:
+async def _watch(monitor: Monitor, keeper: Keeper, view: View, bus: Bus) -> None:
     """Tell what is wrong and keep what was seen, neither waiting for the other."""
     async with asyncio.TaskGroup() as group:
         group.create_task(monitor.run(bus), name="alerts")
         group.create_task(keeper.run(), name="state")
+        group.create_task(view.run(), name="page")
 
 
 async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
@@ -90,6 +93,9 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
     """
     instance = instance_name(settings, "monitor")
     bus: Bus | None = None
+    listener = listen("MONITOR_PORT", settings.host, settings.monitor_port)
+    sight = Sight(instance)
+    view = View(sight, without_secrets(settings.nats_url))
     address, stop_metrics = serve_metrics(settings, lambda: bus is not None and bus.connected)
     base = base_status(settings, "monitor", instance, address)
     reporter: StatusReporter | None = None
@@ -102,13 +108,15 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
         return msgspec.structs.replace(known, state=state, state_stored=stored, cores=1.0)
 
     try:
-        async with service_context(settings, "monitor", instance, status) as service:
+        # The page comes first, as it must say that NATS does not answer.
+        async with serving(view, listener), service_context(settings, "monitor", instance, status) as service:
             reporter, bus = service.reporter, service.bus
-            sight = Sight(instance)
             fleet = Fleet(settings.stale_seconds, tell=sight.tell)
             keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
-            await until(shutdown, _watch(Monitor(fleet), keeper, service.bus))
+            await view.watch(service.bus)
+            log.info("monitor.ready", url=f"http://{settings.host}:{listener.getsockname()[1]}", instance=instance)
+            await until(shutdown, _watch(Monitor(fleet), keeper, view, service.bus))
             state = "draining"
             await reporter.publish()
             await keeper.leave()
