@@ -114,8 +114,13 @@ def as_json(glance: Glance) -> str:
     return msgspec.json.format(msgspec.json.encode(glance), indent=2).decode()
 
 
+def plain(text: str, style: str = "") -> Text:
+    """`text` as it is, with no markup and nothing that a terminal would obey."""
+    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text), style=style)
+
+
 def layout(glance: Glance) -> RenderableType:
-    """What the terminal shows; names from the bus are text, never markup."""
+    """What the terminal shows."""
     report = glance.report
     if not report.instances:
         nobody = "nobody reports: start services with `openmoe up`, or check NATS_URL"
@@ -124,7 +129,7 @@ def layout(glance: Glance) -> RenderableType:
     if any(d.shards for d in report.deployments):
         parts.append(_shards(report))
     parts.append(_alerts(glance))
-    parts += [Text(f"advice: {text}") for text in report.recommendations]
+    parts += [plain(f"advice: {text}") for text in report.recommendations]
     return Group(*parts)
 
 
@@ -150,8 +155,8 @@ def _instances(report: FleetReport) -> Table:
     for i in report.instances[:MAX_ROWS]:
         busy = i.fresh and i.service != "monitor"
         table.add_row(
-            Text(i.service),
-            Text(i.instance),
+            plain(i.service),
+            plain(i.instance),
             _state(i),
             "now" if i.age_seconds < 2.5 else f"{i.age_seconds:.0f} s ago",
             ",".join(str(shard) for shard in i.shards),
@@ -181,11 +186,11 @@ def _shards(report: FleetReport) -> Table:
     for d, shard in rows[:MAX_ROWS]:
         missing = Text("nobody", style="red") if shard.needed else Text("none")
         table.add_row(
-            Text(d.deployment),
+            plain(d.deployment),
             str(shard.shard),
             str(len(shard.ready)) if shard.ready else missing,
-            Text(", ".join(shard.ready)),
-            Text(", ".join(shard.loading)),
+            plain(", ".join(shard.ready)),
+            plain(", ".join(shard.loading)),
         )
     if len(rows) > MAX_ROWS:
         table.caption = f"and {len(rows) - MAX_ROWS} more; --json has all"
@@ -197,7 +202,7 @@ def _alerts(glance: Glance) -> Text:
         return Text("alerts: unknown, as no monitor keeps any")
     if not glance.alerts:
         return Text("alerts: none")
-    return Text("\n".join(f"alert: {a.kind}: {a.subject}" for a in glance.alerts), style="red")
+    return Text("\n").join(plain(f"alert: {a.kind}: {a.subject}", style="red") for a in glance.alerts)
 
 
 def _number(value: float | None) -> str:
