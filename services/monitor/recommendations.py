@@ -64,9 +64,10 @@ def recommendations(
     slow = seen.quantile("gateway", "time_to_first_token", 0.95)
     if slow is not None and slow > SLOW_SECONDS:
         found.append(f"the first token takes {slow * 1000:.0f} ms at p95: add expert workers, or routers if they queue")
-    if waiting := sum(m.status.waiting for m in seen.of("gateway")):
-        some = "1 request waits" if waiting == 1 else f"{waiting} requests wait"
-        found.append(f"{some} at the gateways: add routers, or raise BATCH_SIZE")
+    gateways = seen.of("gateway")
+    running, waiting = sum(m.status.running for m in gateways), sum(m.status.waiting for m in gateways)
+    if waiting > running:
+        found.append(f"{waiting} requests wait at the gateways while {running} run: add routers, or raise BATCH_SIZE")
     for name, value in skew.items():
         if value is not None and value > SKEWED:
             found.append(f"the busiest worker of {name} takes {value:.1f} times the mean: give its shards more workers")

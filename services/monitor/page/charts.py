@@ -9,8 +9,8 @@ from html import escape
 from services.benchmark_plots import nice_ticks, number
 from services.monitor.timeline import STEP_SECONDS
 
-WIDTH, HEIGHT = 400, 170
-LEFT, RIGHT, TOP, BOTTOM = 44, 10, 8, 22
+WIDTH, HEIGHT = 320, 150
+LEFT, RIGHT, TOP, BOTTOM = 42, 8, 8, 22
 SPANS = ((300, 60, "5 minutes"), (900, 300, "15 minutes"), (3600, 900, "hour"))
 """(seconds, seconds between labels, in words)."""
 GAP_SECONDS = 2.5 * STEP_SECONDS
@@ -65,7 +65,7 @@ def chart(title: str, unit: str, series: Sequence[Series], now: float) -> str:
         parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for ago in range(0, seconds + 1, step):
         anchor = "end" if not ago else "start" if ago == seconds else "middle"
-        told = "now" if not ago else f"−{ago // 60} min"
+        told = "now" if not ago else f"−{ago // 60}" + (" min" if ago == seconds else "")
         parts.append(f'<text x="{across(now - ago):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{told}</text>')
     for index, line in enumerate(series):
         for run in runs([(at, value) for at, value in line.points if at >= now - seconds]):

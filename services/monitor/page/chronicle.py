@@ -51,7 +51,7 @@ class Entry:
     action: str = ""
     """What an alert calls for."""
     key: str = ""
-    """The same in all that is told of one alert; of anything else, the same in a repetition."""
+    """The same in all that is told of one alert; of a record, its id, by which a repetition is known."""
 
 
 class Chronicle:
@@ -84,12 +84,12 @@ class Chronicle:
             state=_short(notice.state),
             severity=_short(notice.severity),
             action=_short(notice.action) if notice.kind else "",
-            key=about if alert else _short(notice.id) or f"{notice.time} {kind} {subject_}",
+            key=about if alert else _short(notice.id),
         )
         if family not in self._entries and len(self._entries) >= MAX_FAMILIES:
             return
         entries = self._entries.setdefault(family, deque(maxlen=MAX_ENTRIES))
-        if entry in entries or (not alert and any(e.key == entry.key for e in entries)):
+        if entry in entries or (not alert and entry.key and any(e.key == entry.key for e in entries)):
             return
         entries.append(entry)
         if alert:

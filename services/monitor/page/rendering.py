@@ -29,7 +29,8 @@ class Figure:
 
     title: str
     unit: str
-    words: str
+    length: str
+    """Of its time axis, in words."""
     lines: tuple[tuple[int, str, Value], ...]
     """(colour, name, latest value)."""
     svg: Markup
@@ -63,10 +64,10 @@ def verdict(s: Snapshot) -> Verdict:
     for service in ("gateway", "router", "expert"):
         if not any(x.service == service and x.ready for x in s.report.services):
             return Verdict("bad", f"No {service} is ready: requests cannot be answered.")
-    if any(alert.severity == "critical" for alert in s.firing):
-        return Verdict("bad", _count(len(s.firing), "alert", "fires", "fire"))
     if s.firing:
-        return Verdict("warn", _count(len(s.firing), "alert", "fires", "fire"))
+        level = "bad" if any(alert.severity == "critical" for alert in s.firing) else "warn"
+        kinds = ", ".join(sorted({words(alert.kind) for alert in s.firing})[:3])
+        return Verdict(level, f"{_count(len(s.firing), 'alert', 'fires', 'fire')[:-1]}: {kinds}.")
     silent = [name for x in s.report.services for name in x.silent]
     if silent:
         return Verdict("warn", _count(len(silent), "instance", "has fallen silent", "have fallen silent"))
@@ -83,8 +84,8 @@ def figures(points: Sequence[Point], now: float) -> list[Figure]:
     def made(title: str, unit: str, *lines: tuple[str, str]) -> Figure:
         series = [Series(name, [(p.time, getattr(p, field)) for p in points]) for name, field in lines]
         legend = tuple((colour, line.name, line.latest) for colour, line in enumerate(series))
-        words = span([p.time for p in points], now)[2]
-        return Figure(title, unit, words, legend, Markup(chart(title, unit, series, now)))  # noqa: S704 - charts.py escapes
+        length = span([p.time for p in points], now)[2]
+        return Figure(title, unit, length, legend, Markup(chart(title, unit, series, now)))  # noqa: S704 - charts.py escapes
 
     return [
         made("Output", "tokens/s", ("tokens/s", "tokens_per_second")),

@@ -80,6 +80,7 @@ class View:
         self._sight = sight
         self._nats_url = nats_url
         self._bus: Bus | None = None
+        self._heard_from = 0.0
         self._connected = False
         self._since = time.time()
         self._last: _Look | None = None
@@ -89,7 +90,7 @@ class View:
 
     async def watch(self, bus: Bus) -> None:
         """Hear events from now on."""
-        self._bus = bus
+        self._bus, self._heard_from = bus, time.monotonic()
         await bus.watch(subjects.EVENTS_ALL, self.on_event)
 
     async def run(self) -> None:
@@ -122,7 +123,7 @@ class View:
             if not connected:
                 self._look()  # the last that was heard is still at hand
             self._connected, self._since = connected, time.time()
-        if self._bus is None or not self.timeline.due(now):
+        if self._bus is None or now - self._heard_from < STEP_SECONDS or not self.timeline.due(now):
             return
         self.timeline.add(point(self._sight.look(self._bus, STEP_SECONDS)), now)
 
