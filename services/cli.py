@@ -66,16 +66,39 @@ for _name in ("gateway", "router", "expert", "monitor"):
 
 
 @app.command()
-def status(nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://127.0.0.1:4222") -> None:
-    """Show the fleet: every instance's last report."""
+def status(
+    watch: Annotated[bool, typer.Option("--watch", help="Show it each second anew, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://127.0.0.1:4222",
+) -> None:
+    """Show the fleet: who runs, how busy, which shards have how many workers, and what needs attention.
+
+    Exit code: 0, or 1 if NATS does not answer.
+
+    Example: openmoe status --watch
+    """
     from rich.console import Console
 
-    from services.fleet_table import fleet_table
+    from services import fleet_table
+    from shared.logs import silence_logs
 
+    silence_logs()
+    if watch and as_json:
+        refuse(StartError("--watch and --json exclude each other; give one"))
     try:
-        Console().print(asyncio.run(fleet_table(nats_url)))
+        if watch:
+            asyncio.run(fleet_table.live(nats_url, Console()))
+            return
+        glance = asyncio.run(fleet_table.once(nats_url))
     except StartError as error:
-        refuse(error)
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        return
+    if as_json:
+        typer.echo(fleet_table.as_json(glance))
+    else:
+        Console().print(fleet_table.layout(glance))
 
 
 @app.command()
@@ -91,7 +114,9 @@ def audit(
     from rich.console import Console
 
     from services import audit_table
+    from shared.logs import silence_logs
 
+    silence_logs()
     try:
         kept = asyncio.run(audit_table.read(nats_url, last))
     except StartError as error:

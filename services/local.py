@@ -154,8 +154,9 @@ class Stack:
         """
         # What would make a service refuse is found here first: one line, before anything runs.
         self.gateway = load(GatewaySettings)
-        for kind in (RouterSettings, ExpertSettings, MonitorSettings):
+        for kind in (RouterSettings, ExpertSettings):
             load(kind)
+        monitor = load(MonitorSettings)
         checkpoint = Checkpoint.open(plan.model)
         check_experts(checkpoint.config, checkpoint.tensors)
         TextTokenizer.open(plan.model)
@@ -168,6 +169,10 @@ class Stack:
             raise StartError(f"--shards {self._shards}: the model has only {checkpoint.config.num_experts} experts")
         self.port = plan.port or free_port()
         self.url = f"http://{'127.0.0.1' if plan.host in ('0.0.0.0', '::') else plan.host}:{self.port}"
+        # Its page is nothing that a stack should fail for: a usual port that another stack has is left to it.
+        asked = "monitor_port" in monitor.model_fields_set and monitor.monitor_port
+        self.monitor_port = asked or free_port(monitor.monitor_port)
+        self.monitor_url = f"http://127.0.0.1:{self.monitor_port}"
         self.nats_url = os.environ.get("NATS_URL") or ""
         self.children: list[Child] = []
 
@@ -209,6 +214,7 @@ class Stack:
                 "PORT": str(self.port),
                 "WORKERS": str(self._plan.experts),
                 "EXPERT_SHARDS": str(self._shards),
+                "MONITOR_PORT": str(self.monitor_port),
                 "METRICS_PORT": "0",
                 "INSTANCE": f"{service}-{number}-{suffix}",
                 **self._settings,
@@ -275,6 +281,7 @@ async def completing(stack: Stack, *, show: bool = True) -> None:
 async def _announce(stack: Stack) -> None:
     await completing(stack)
     sys.stderr.write(f"nats-server {stack.nats_url}\n")
+    sys.stderr.write(f"monitor {stack.monitor_url}\n")
     sys.stdout.write(f"ready {stack.url}\n")
     sys.stdout.flush()
 

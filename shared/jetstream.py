@@ -196,6 +196,10 @@ class Stream:
 
     async def last(self, count: int) -> list[bytes]:
         """The last `count` records, the oldest first. Raises as `JetStream._call` does."""
+        return [data for _, data in await self.newest(count)]
+
+    async def newest(self, count: int) -> list[tuple[str, bytes]]:
+        """As `last`, each record with its subject."""
         client = self._jetstream._client  # noqa: SLF001
         async with self._jetstream._call():  # noqa: SLF001
             try:
@@ -206,5 +210,6 @@ class Stream:
         for number in range(max(1, state.first_seq, state.last_seq - count + 1), state.last_seq + 1):
             async with self._jetstream._call():  # noqa: SLF001
                 with contextlib.suppress(errors.NotFoundError):  # it was the oldest, and went meanwhile
-                    records.append(bytes((await client.get_msg(self._name, seq=number)).data or b""))
+                    found = await client.get_msg(self._name, seq=number)
+                    records.append((str(found.subject), bytes(found.data or b"")))
         return records

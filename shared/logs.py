@@ -58,3 +58,12 @@ def configure_logs(service: str, settings: ServiceSettings) -> None:
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     logging.getLogger("nats").setLevel(logging.ERROR)
+
+
+def silence_logs() -> None:
+    """For commands: what they print is their output, and an error is the one line that they end with."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+    )
+    logging.getLogger("nats").setLevel(logging.CRITICAL)

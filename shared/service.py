@@ -93,6 +93,20 @@ def serve_metrics(settings: ServiceSettings, is_ready: Callable[[], bool]) -> tu
     return f"{settings.host}:{server.server_port}", stop
 
 
+def listen(name: str, host: str, port: int) -> socket.socket:
+    """A listening socket; `name` is the setting that the port comes from.
+
+    Raises:
+        StartError: the port is taken or the address is not this machine's.
+
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(f"{name}={port} on HOST={host}: {error.strerror}") from None
+
+
 class ServiceContext:
     """What every bus service has: its bus, its status reports and its discovery, opened and closed together."""
 

@@ -182,6 +182,9 @@ class ExpertSettings(ComputeSettings):
 class MonitorSettings(ServiceSettings):
     stale_seconds: float = Field(5, gt=0, le=600, description="a silent instance counts as down after this")
 
+    monitor_port: int = Field(
+        8001, ge=0, le=65535, description="port of the monitor's page (0: a free one, named in the log)"
+    )
     rebalance: Literal["on", "off"] = Field("on", description="on: copy hot experts to other shards")
     rebalance_threshold: float = Field(
         1.5, ge=1, le=1024, description="do so when the most loaded shard has so many times the mean"

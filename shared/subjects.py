@@ -8,6 +8,7 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]+\Z")
 
 STATUS_ALL = "moe.status.>"
 PLAN_ALL = "moe.*.plan"
+EVENTS_ALL = "moe.events.>"
 ROUTER_QUEUE = "router"
 KINDS = ("generate", "forward", "experts", "worker", "control", "plan")
 EVENT_KINDS = ("alert", "rebalance", "rollout", "scaling", "takeover")

@@ -49,9 +49,9 @@ async def wait_until(predicate: Callable[[], object], what: str, seconds: float 
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """This process' environment with no settings of ours but `settings`; torch gets one thread."""
+    """This process' environment with no settings of ours but `settings`; torch gets one thread, the page a free port."""
     inherited = {name: value for name, value in os.environ.items() if name.upper() not in _SETTINGS}
-    return {**inherited, "OMP_NUM_THREADS": "1", "TORCH_THREADS": "1", **settings}
+    return {**inherited, "OMP_NUM_THREADS": "1", "TORCH_THREADS": "1", "MONITOR_PORT": "0", **settings}
 
 
 def die_with_parent() -> None:

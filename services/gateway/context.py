@@ -21,7 +21,9 @@ from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations, Piece
 from services.gateway.idempotency import Idempotency
 from services.gateway.openai_types import GenerationParameters
+from services.gateway.report import REPORT_SECONDS
 from services.gateway.text import TextTokenizer
+from services.monitor.observations import History
 from services.router.messages import GenerateRequest, Sampling
 from shared.bus import Bus
 from shared.checkpoint import ModelConfig
@@ -32,6 +34,8 @@ from shared.status import Fleet, Status
 B = TypeVar("B", bound=BaseModel)
 Envelope = dict[str, Any]
 MERGE_QUEUE_PIECES = 64
+REPORTS_SPACING_SECONDS = 5.0
+"""Of the reports that are kept: a large model's counts per expert take room."""
 
 
 @dataclass
@@ -52,6 +56,8 @@ class Context:
     forwards: Forwards
     idempotency: Idempotency
     started: float = field(default_factory=time.time)
+    history: History = field(default_factory=lambda: History(REPORT_SECONDS, spacing=REPORTS_SPACING_SECONDS))
+    """Everybody's reports of the last minute."""
     draining: bool = False
     open_connections: int = 0
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from services.gateway.context import Context, parse
 from services.gateway.openai_types import DetokenizeBody, TokenizeBody
-from services.gateway.report import REPORT_SECONDS, expert_utilisation, latency, recommendations
+from services.gateway.report import REPORT_SECONDS, latency, recommendations
+from services.monitor.report import fleet_report
 from shared.discovery import VERSION
 from shared.errors import MoeError
 from shared.instrumentation import REGISTRY, REQUESTS_RUNNING, REQUESTS_WAITING
+from shared.utilisation import expert_utilisation
 
 
 def health(context: Context) -> tuple[bool, dict[str, Any]]:
@@ -92,6 +95,10 @@ def performance_report(context: Context) -> dict[str, Any]:
         "experts": experts,
         "recommendations": recommendations(
             waiting=context.admission.waiting, error_rate=error_rate, skew=skew, kv_usage=kv_usage
+        ),
+        # The rest is this gateway's own view; this is everybody's, from the reports that it hears anyway.
+        "fleet": msgspec.to_builtins(
+            fleet_report(context.history.observation(now, time.time(), connected=context.bus.connected))
         ),
     }
 

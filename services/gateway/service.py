@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import socket
 
 import msgspec
 import structlog
@@ -14,17 +13,18 @@ import uvicorn
 from services.gateway.admission import Admission
 from services.gateway.answers import Answers
 from services.gateway.app import build_app
-from services.gateway.context import Context
+from services.gateway.context import REPORTS_SPACING_SECONDS, Context
 from services.gateway.forwards import Forwards
 from services.gateway.generation import Generator, Observations
 from services.gateway.idempotency import Idempotency
 from services.gateway.operations import health
+from services.gateway.report import REPORT_SECONDS
 from services.gateway.slow_readers import impatient_protocol
 from services.gateway.text import TextTokenizer
+from services.monitor.observations import History
 from shared.checkpoint import Checkpoint
-from shared.errors import StartError
 from shared.replicas import Replicas
-from shared.service import base_status, instance_name, serve_metrics, service_context
+from shared.service import base_status, instance_name, listen, serve_metrics, service_context
 from shared.settings import GatewaySettings
 from shared.status import Fleet, Status, StatusReporter
 
@@ -32,20 +32,6 @@ log = structlog.get_logger()
 
 GC_THRESHOLDS = (10_000, 20, 50)
 """Python's default collects after 700 new objects, in the middle of every burst of requests."""
-
-
-def listen(settings: GatewaySettings) -> socket.socket:
-    """The listening socket.
-
-    Raises:
-        StartError: the port is taken or the address is not this machine's.
-
-    """
-    try:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
-    except OSError as error:
-        raise StartError(f"PORT={settings.port} on HOST={settings.host}: {error.strerror}") from None
 
 
 async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
@@ -57,7 +43,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
     """
     checkpoint = Checkpoint.open(settings.model)
     tokenizer = TextTokenizer.open(settings.model)
-    listener = listen(settings)
+    listener = listen("PORT", settings.host, settings.port)
     address = f"{settings.host}:{listener.getsockname()[1]}"
     instance = instance_name(settings, "gateway")
     base = base_status(settings, "gateway", instance, address)
@@ -95,7 +81,13 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
         reporter = service.reporter
         deployment = checkpoint.deployment(settings.model_name)
         routers = Replicas("router", deployment)
-        fleet = Fleet(tell=routers.observe)
+        history = History(REPORT_SECONDS, spacing=REPORTS_SPACING_SECONDS)
+
+        def hear(status: Status, now: float) -> None:
+            routers.observe(status, now)
+            history.observe(status, now)
+
+        fleet = Fleet(tell=hear)
         await fleet.watch(service.bus)
         admission = Admission(
             settings.max_concurrent_requests,
@@ -127,6 +119,7 @@ async def serve(settings: GatewaySettings, shutdown: asyncio.Event) -> None:
             generator,
             forwards,
             idempotency,
+            history=history,
         )
         config = uvicorn.Config(
             build_app(context),

@@ -91,8 +91,10 @@ class Observation:
 class History:
     """The reports of the last seconds, by instance."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, *, spacing: float = 0.0) -> None:
+        """Keep the reports of so many seconds; of several within `spacing` seconds the first, and the newest of all."""
         self._seconds = seconds
+        self._spacing = spacing
         self._reports: dict[tuple[str, str], deque[tuple[float, Status]]] = {}
 
     def observe(self, status: Status, now: float) -> None:
@@ -103,9 +105,14 @@ class History:
             now: when it came, on the monotonic clock.
 
         """
-        reports = self._reports.setdefault((status.service, status.instance), deque())
+        key = (status.service, status.instance)
+        if key not in self._reports:
+            self._forget(now)
+        reports = self._reports.setdefault(key, deque())
         if reports and reports[-1][1].started != status.started:  # another process of the same name: counts anew
             reports.clear()
+        if len(reports) > 1 and reports[-1][0] - reports[-2][0] < self._spacing:
+            reports.pop()
         reports.append((now, status))
         while now - reports[0][0] > self._seconds:
             reports.popleft()
@@ -123,9 +130,13 @@ class History:
 
         """
         window = self._seconds if window is None else min(window, self._seconds)
-        self._reports = {k: r for k, r in self._reports.items() if monotonic - r[-1][0] <= FORGOTTEN_SECONDS}
+        self._forget(monotonic)
         instances = [self._measured(r, monotonic, window) for _, r in sorted(self._reports.items())]
         return Observation(now, window, tuple(instances), connected)
+
+    def _forget(self, now: float) -> None:
+        """Drop who was silent for too long; also when nobody looks, as names of processes do not come back."""
+        self._reports = {k: r for k, r in self._reports.items() if now - r[-1][0] <= FORGOTTEN_SECONDS}
 
     def _measured(self, reports: Sequence[tuple[float, Status]], now: float, window: float) -> Measured:
         end, last = reports[-1]

@@ -7,19 +7,24 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import msgspec
+import structlog
 
 from services.monitor.alerting import Alerting
 from services.monitor.findings import shards_missing
 from services.monitor.keeper import Keeper
+from services.monitor.page.server import serving
+from services.monitor.page.view import View
 from services.monitor.presence import Presence
 from services.monitor.rebalancing import Rebalancer
 from services.monitor.sight import Sight
 from services.monitor.webhook import Webhook
-from shared.bus import Bus
+from shared.bus import Bus, without_secrets
 from shared.instrumentation import INSTANCES, SHARD_REPLICAS, SHARDS_MISSING
-from shared.service import base_status, instance_name, serve_metrics, service_context, until
+from shared.service import base_status, instance_name, listen, serve_metrics, service_context, until
 from shared.settings import MonitorSettings
 from shared.status import Fleet, State, Status, StatusReporter
+
+log = structlog.get_logger()
 
 
 class Monitor:
@@ -70,6 +75,9 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
     """
     instance = instance_name(settings, "monitor")
     bus: Bus | None = None
+    listener = listen("MONITOR_PORT", settings.host, settings.monitor_port)
+    sight = Sight(instance)
+    view = View(sight, without_secrets(settings.nats_url))
     address, stop_metrics = serve_metrics(settings, lambda: bus is not None and bus.connected)
     base = base_status(settings, "monitor", instance, address)
     reporter: StatusReporter | None = None
@@ -82,12 +90,14 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
         return msgspec.structs.replace(known, state=state, state_stored=stored, cores=1.0)
 
     try:
-        async with service_context(settings, "monitor", instance, status) as service:
+        # The page comes first, as it must say that NATS does not answer.
+        async with serving(view, listener), service_context(settings, "monitor", instance, status) as service:
             reporter, bus = service.reporter, service.bus
-            sight = Sight(instance)
             fleet = Fleet(settings.stale_seconds, tell=sight.tell)
             keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
+            await view.watch(service.bus)
+            log.info("monitor.ready", url=f"http://{settings.host}:{listener.getsockname()[1]}", instance=instance)
             presence = Presence(service.bus, fleet)
             webhook = _webhook(settings, address)
             parts = {
@@ -95,6 +105,7 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
                 "state": keeper.run(),
                 "presence": presence.run(),
                 "alerts": Alerting(settings, service.bus, sight, presence, keeper, webhook).run(),
+                "page": view.run(),
                 "balance": Rebalancer(service.bus, sight, settings).run(),
             }
             if webhook is not None:

@@ -66,7 +66,14 @@ class Project:
         self.name = f"openmoe-test-{os.urandom(3).hex()}"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = {"PORT": str(self.port), "OPENMOE_TAG": "test", "COMPOSE_ANSI": "never", **settings}
+        self.monitor_url = f"http://127.0.0.1:{(monitor_port := free_port())}"
+        self.settings = {
+            "PORT": str(self.port),
+            "MONITOR_PORT": str(monitor_port),
+            "OPENMOE_TAG": "test",
+            "COMPOSE_ANSI": "never",
+            **settings,
+        }
 
     async def attempt(self, *arguments: str, seconds: float = COMMAND_SECONDS, **env: str) -> tuple[int, str]:
         """`docker compose …` in this project: exit code and output."""

@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 
 from services.gateway.generation import Observations
 from services.gateway.operations import performance_report
-from services.gateway.report import (
-    REPORT_SECONDS,
-    Window,
-    entropy,
-    expert_utilisation,
-    imbalance,
-    latency,
-    percentile,
-    recommendations,
-)
+from services.gateway.report import REPORT_SECONDS, Window, latency, percentile, recommendations
 from shared.status import Fleet, Status
+from shared.utilisation import entropy, expert_utilisation, imbalance
 from tests.gateway.contexts import context
 from tests.running import Watcher
 
@@ -174,3 +166,15 @@ async def test_the_report_knows_what_routers_say_about_themselves(watcher: Watch
     assert [layer["imbalance"] for layer in report["experts"]] == [8.0] * layers
     assert any("KV blocks" in text for text in report["recommendations"])
     assert any("busiest expert" in text for text in report["recommendations"])
+
+
+async def test_the_report_shows_the_whole_fleet_as_this_gateway_hears_it(watcher: Watcher) -> None:
+    gateway = context(watcher.bus, Fleet())
+    now = time.monotonic()
+    for name in ("gateway-1", "gateway-2"):
+        for at, tokens in ((now - 10, 0), (now, 50)):
+            report = Status(service="gateway", instance=name, started=1.0, state="ready", tokens_total=tokens)
+            gateway.history.observe(report, at)
+    fleet = performance_report(gateway)["fleet"]
+    assert fleet["throughput"]["output_tokens_per_second"] == pytest.approx(10.0)
+    assert [i["instance"] for i in fleet["instances"]] == ["gateway-1", "gateway-2"]

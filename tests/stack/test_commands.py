@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import signal
 import sys
+from pathlib import Path
 
 from services.nats_server import free_port
-from tests.running import Stack, environment
+from tests.running import Stack, environment, running_nats
 
 
 async def openmoe(*arguments: str, stdin: bytes = b"", **settings: str) -> tuple[int, str, str]:
@@ -71,6 +74,49 @@ async def test_status_shows_every_service(stack: Stack, nats_url: str) -> None:
     code, out, err = await openmoe("status", NATS_URL=nats_url)
     assert code == 0, err
     assert all(name in out for name in ("gateway", "router", "expert", "monitor"))
+    assert "tokens/s" in out
+    assert "alerts: " in out
+    assert err == ""
+
+
+async def test_status_is_one_json_object_for_tools(stack: Stack, nats_url: str) -> None:
+    code, out, err = await openmoe("status", "--json", NATS_URL=nats_url)
+    assert code == 0, err
+    glance = json.loads(out)
+    assert {i["service"] for i in glance["report"]["instances"]} >= {"gateway", "router", "expert", "monitor"}
+    assert glance["report"]["throughput"]["requests_per_second"] is not None
+
+
+async def test_status_watches_until_it_is_stopped(stack: Stack, nats_url: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.cli", "status", "--watch"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**environment(NATS_URL=nats_url), "COLUMNS": "160", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1"},
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(60):
+        await process.stdout.readuntil(b"alerts: ")
+        await process.stdout.readuntil(b"alerts: ")  # and a second time
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
+
+
+async def test_status_without_nats_is_one_line_and_exit_code_1() -> None:
+    code, out, err = await openmoe("status", NATS_URL=f"nats://me:very-secret@127.0.0.1:{free_port()}")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: NATS_URL=nats://127.0.0.1")
+    assert len(err.splitlines()) == 1
+    code, out, err = await openmoe("status", "--json", NATS_URL=f"nats://127.0.0.1:{free_port()}")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+
+
+async def test_status_says_what_to_do_when_nobody_reports(tmp_path: Path) -> None:
+    async with running_nats(tmp_path) as url:
+        code, out, err = await openmoe("status", NATS_URL=url)
+    assert code == 0, err
+    assert "nobody reports: start services with `openmoe up`" in out
 
 
 async def test_config_shows_what_is_set_and_names_what_is_wrong() -> None:

@@ -1,0 +1,1 @@
+"""The monitor's own web page: read-only, rendered here, nothing from elsewhere."""
