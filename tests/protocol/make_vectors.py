@@ -137,6 +137,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "errors_total": 0,
         "cpu": 0.0,
         "cores": 0.0,
+        "busy_seconds": 0.0,
         "memory_bytes": 0,
         "memory_limit_bytes": 0,
         "memory_available_bytes": 0,
