@@ -62,3 +62,23 @@ def shards_to_hand_over(me: Status, workers: Sequence[Status]) -> tuple[int, ...
     if not any(w.state == "ready" and not w.pinned for w in workers):
         return ()
     return tuple(shard for shard in me.shards if shard not in served)
+
+
+def removable(ready: Sequence[Status], count: int) -> tuple[str, ...]:
+    """Up to `count` of the `ready` instances of a service that may be drained together, the newest first.
+
+    Whoever alone holds a shard stays; so there are fewer than `count` if placement needs the others. Routers, which
+    hold no shards, may all go.
+    """
+    holders: dict[tuple[str, int], int] = {}
+    for worker in ready:
+        for shard in worker.shards:
+            holders[worker.deployment, shard] = holders.get((worker.deployment, shard), 0) + 1
+    going: list[str] = []
+    for worker in sorted(ready, key=lambda w: (w.started, w.instance), reverse=True):
+        mine = [(worker.deployment, shard) for shard in worker.shards]
+        if len(going) < count and all(holders[key] > 1 for key in mine):
+            going.append(worker.instance)
+            for key in mine:
+                holders[key] -= 1
+    return tuple(going)
