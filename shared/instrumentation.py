@@ -163,3 +163,17 @@ SHARD_REPLICAS = Gauge("moe_shard_replicas", "ready workers of a shard", ["deplo
 SHARDS_MISSING = Gauge("moe_shards_missing", "shards that no ready worker serves", ["deployment"], registry=REGISTRY)
 EVENTS = Counter("moe_events_total", "events published", ["kind"], registry=REGISTRY)
 STATE_STORED = Gauge("moe_state_stored", "1: the monitor's state is in JetStream, 0: it is not", registry=REGISTRY)
+
+# monitor: scaling
+SCALING_INSTANCES = Gauge(
+    "moe_scaling_instances",
+    "of a service, as scaling sees it: current, wanted by the metrics, desired after all rules",
+    ["service", "kind"],
+    registry=REGISTRY,
+)
+SCALING_DECISIONS = Counter(
+    "moe_scaling_decisions_total",
+    "told decisions: scale_up, scale_down, scaling_held",
+    ["service", "decision"],
+    registry=REGISTRY,
+)

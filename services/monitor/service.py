@@ -11,6 +11,7 @@ import structlog
 from services.monitor.findings import Finding, findings, shards_missing
 from services.monitor.keeper import Keeper
 from services.monitor.messages import Event
+from services.monitor.scaler import Scaler
 from services.monitor.sight import Sight
 from shared import subjects, wire
 from shared.bus import Bus
@@ -74,11 +75,12 @@ class Monitor:
             log.warning("alert.unpublished", reason=error.message)
 
 
-async def _watch(monitor: Monitor, keeper: Keeper, bus: Bus) -> None:
-    """Tell what is wrong and keep what was seen, neither waiting for the other."""
+async def _watch(monitor: Monitor, keeper: Keeper, scaler: Scaler, bus: Bus) -> None:
+    """Tell what is wrong, keep what was seen, and scale; nobody waits for the other."""
     async with asyncio.TaskGroup() as group:
         group.create_task(monitor.run(bus), name="alerts")
         group.create_task(keeper.run(), name="state")
+        group.create_task(scaler.run(), name="scaling")
 
 
 async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
@@ -108,7 +110,8 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
             fleet = Fleet(settings.stale_seconds, tell=sight.tell)
             keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
-            await until(shutdown, _watch(Monitor(fleet), keeper, service.bus))
+            scaler = Scaler(settings, service.bus, sight)
+            await until(shutdown, _watch(Monitor(fleet), keeper, scaler, service.bus))
             state = "draining"
             await reporter.publish()
             await keeper.leave()
