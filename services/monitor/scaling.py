@@ -20,7 +20,7 @@ from services.monitor.utilisation import Metric, Service, Targets, Usage, usages
 Action = Literal["up", "down", "hold"]
 Rule = Literal[
     "disconnected", "restarted", "no_data", "starting", "cooldown", "by_hand", "window", "bounds", "placement",
-    "weights", "step", "ineffective",
+    "weights", "step", "shards", "ineffective",
 ]  # fmt: skip
 STEP_FACTOR = 2
 """The most that one decision multiplies by: latency and lines tell that there are too few, hardly by how many."""
@@ -193,6 +193,7 @@ class _Look:
         if wanted > max(STEP_FACTOR * current, limits.least):
             wanted = max(STEP_FACTOR * current, limits.least)
             held.append(Held("step", f"no more than {STEP_FACTOR} times as many at once"))
+        wanted = self._even(wanted, held)
         reasons = [*self._resting(), *self._starting()] if wanted > current else []
         if wanted > current and self.state.futile >= limits.attempts:
             text = f"{self.state.futile} scale-ups in a row changed nothing: find what else is short, or scale by hand"
@@ -214,6 +215,7 @@ class _Look:
             if wanted < current and now - self.state.low_since < limits.window:
                 text = f"the load has been low for {now - self.state.low_since:.0f} s of {limits.window:g}"
                 held.append(Held("window", text))
+        wanted = min(current, self._even(wanted, held))
         if wanted >= current:
             return current, held
         going = removable([m.status for m in self.observation.ready(self.service)], current - wanted)
@@ -225,6 +227,18 @@ class _Look:
         reasons = [*self._resting(), *self._starting(), *self._unheard()]
         stays = reasons or any(h.rule == "window" for h in held)
         return current if stays else wanted, held + reasons
+
+    def _even(self, wanted: int, held: list[Held]) -> int:
+        """`wanted`, or as many more as give each shard the same number of workers.
+
+        The slowest shard bounds a layer: with more workers than shards, one that only some shards have helps nobody.
+        """
+        shards = max((m.status.num_shards for m in self.present if m.service == "expert"), default=0)
+        even = -(-wanted // shards) * shards if 0 < shards < wanted else wanted
+        if even == wanted or even > self.limits.most:
+            return wanted
+        held.append(Held("shards", f"{wanted} would leave some of {shards} shards with fewer workers than the others"))
+        return even
 
     def _weights(self) -> list[Held]:
         return [

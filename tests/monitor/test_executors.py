@@ -55,7 +55,7 @@ def test_targets_are_read_by_service() -> None:
 @pytest.mark.parametrize("text", ["", "expert", "gateway=x", "expert=a b", "expert=-x", "expert=$(x)", "expert=a,"])
 def test_targets_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="scaling_targets"):
-        MonitorSettings(scaling_targets=text)
+        settings(scaling_targets=text)
 
 
 def test_compose_touches_nothing_but_the_service() -> None:

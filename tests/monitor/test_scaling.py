@@ -298,6 +298,28 @@ def test_the_last_copy_of_a_shard_keeps_a_worker() -> None:
     assert "placement" in rules(decision)
 
 
+@pytest.mark.parametrize(
+    ("num_shards", "current", "busy", "desired"),
+    [
+        (2, 2, 0.95, 4),
+        (2, 4, 0.95, 6),
+        (4, 4, 0.85, 8),
+        (4, 12, 0.25, 8),
+        (16, 2, 0.95, 3),
+        (9, 9, 0.9, 12),
+        (1, 2, 0.95, 3),
+    ],
+)
+def test_each_shard_gets_as_many_workers_as_the_others(
+    num_shards: int, current: int, busy: float, desired: int
+) -> None:
+    everything = tuple(range(num_shards))
+    experts = [expert(n, busy, shards=everything, num_shards=num_shards) for n in range(current)]
+    state = replace(SETTLED, low_since=-1000.0)
+    decision, _ = decide("expert", seen(0.0, *experts, router(), gateway()), state, LIMITS)
+    assert decision.desired == desired, decision.text
+
+
 # -- what does not help ------------------------------------------------------------------------------------------------
 
 
