@@ -71,6 +71,7 @@ class Scaler:
         self._limits = {service: limits(settings, service) for service in SERVICES}
         self._states = {service: ScalingState() for service in SERVICES}
         self._told: dict[tuple[Any, ...], float] = {}
+        self._last: dict[Service, tuple[Any, ...]] = {}
         self._acting = asyncio.Lock()
 
     async def run(self) -> None:
@@ -137,13 +138,14 @@ class Scaler:
             return f"failed: {error.message}", False
 
     def _is_news(self, decision: Decision) -> bool:
-        """Whether the same was not told within a cooldown; what holds back does so for many looks."""
+        """Whether something else was told last, and not this within a cooldown: rules hold back for many looks."""
         now = decision.time
         self._told = {k: at for k, at in self._told.items() if now - at < self._settings.scaling_cooldown_seconds}
         key = (decision.service, decision.current, decision.wanted > decision.current, *(h.rule for h in decision.held))
-        new = key not in self._told
-        self._told.setdefault(key, now)
-        return new
+        if key == self._last.get(decision.service) or key in self._told:
+            return False
+        self._told[key], self._last[decision.service] = now, key
+        return True
 
     # -- telling -----------------------------------------------------------------------------------------------------
 
