@@ -29,7 +29,7 @@ async def stack(*arguments: str, log: Path = Path(os.devnull), **environment: st
             *(sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments),
             stdout=asyncio.subprocess.PIPE,
             stderr=output,
-            env={**os.environ, **environment},
+            env={**os.environ, "SCALING_EXECUTOR": "none", **environment},  # what is measured stays as it is
         )
     assert process.stdout is not None  # noqa: S101 - asked for above
     try:

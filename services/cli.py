@@ -44,7 +44,7 @@ def up(
     """
     from services import local
 
-    plan = local.Plan(model.expanduser().resolve(), host, port, experts, routers, shards, data_dir)
+    plan = local.Plan(model.expanduser().resolve(), host, port, experts, routers, shards, data_dir, supervised=True)
     try:
         asyncio.run(local.up(plan))
     except local.ChildRefusedError:
@@ -126,6 +126,30 @@ def audit(
     else:
         for table in audit_table.tables(kept):
             Console(markup=False).print(table)
+
+
+@app.command()
+def scale(
+    counts: Annotated[list[str], typer.Argument(help="expert=N, router=N or both.")],
+    nats_url: Annotated[str, typer.Option(envvar="NATS_URL")] = "nats://127.0.0.1:4222",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait until it is done or begun.")] = 200,
+) -> None:
+    """Change how many expert workers and routers there are; it stands for SCALING_COOLDOWN_SECONDS.
+
+    More start, fewer drain first: no request fails. Exit code 1 if it could not be done.
+
+    Example: openmoe scale expert=4 router=2
+    """
+    from services import scale_command
+
+    try:
+        reply = asyncio.run(scale_command.scale(nats_url, scale_command.parse(counts), timeout))
+    except StartError as error:
+        refuse(error)
+    except scale_command.ScalingRefusedError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(scale_command.sentence(reply))
 
 
 @app.command()

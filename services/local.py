@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import httpx
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 
 from services.gateway.text import TextTokenizer
 from services.nats_server import USUAL_PORT, answers_as, binary, free_port, write_config
+from services.supervisor import supervise
 from shared.bus import Bus
 from shared.checkpoint import Checkpoint
 from shared.checkpoint.names import check_experts
@@ -49,6 +51,8 @@ class Plan:
     routers: int = 1
     shards: int | None = None
     data_dir: Path | None = None
+    supervised: bool = False
+    """Whether there is somebody who takes requests to scale; see services/supervisor.py."""
 
 
 def _die_with_parent() -> None:
@@ -72,6 +76,19 @@ class Child:
     """Where its lines, and those about it, go; None: to standard error."""
     process: asyncio.subprocess.Process | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_seconds: float = STOP_SECONDS
+    """After SIGTERM."""
+    told: bool = False
+    """Whether it was sent SIGTERM; a second one would end its draining."""
+
+    @property
+    def service(self) -> str:
+        """`expert`, of `expert-2`."""
+        return self.name.rpartition("-")[0]
+
+    @property
+    def instance(self) -> str:
+        return self.environment.get("INSTANCE", "")
 
     async def start(self) -> None:
         """Start it in a process group of its own: a terminal's Ctrl-C reaches the supervisor only."""
@@ -119,9 +136,11 @@ class Child:
         if self.process is None or self.process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
+            if not self.told:
+                self.told = True
+                self.process.terminate()
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(self.stop_seconds):
                 await self.process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
@@ -156,7 +175,7 @@ class Stack:
         self.gateway = load(GatewaySettings)
         for kind in (RouterSettings, ExpertSettings):
             load(kind)
-        monitor = load(MonitorSettings)
+        self._monitor = load(MonitorSettings)
         checkpoint = Checkpoint.open(plan.model)
         check_experts(checkpoint.config, checkpoint.tensors)
         TextTokenizer.open(plan.model)
@@ -170,11 +189,14 @@ class Stack:
         self.port = plan.port or free_port()
         self.url = f"http://{'127.0.0.1' if plan.host in ('0.0.0.0', '::') else plan.host}:{self.port}"
         # Its page is nothing that a stack should fail for: a usual port that another stack has is left to it.
-        asked = "monitor_port" in monitor.model_fields_set and monitor.monitor_port
-        self.monitor_port = asked or free_port(monitor.monitor_port)
+        asked = "monitor_port" in self._monitor.model_fields_set and self._monitor.monitor_port
+        self.monitor_port = asked or free_port(self._monitor.monitor_port)
         self.monitor_url = f"http://127.0.0.1:{self.monitor_port}"
         self.nats_url = os.environ.get("NATS_URL") or ""
         self.children: list[Child] = []
+        self.supervisor = f"up-{os.urandom(4).hex()}"
+        self._suffix = os.urandom(3).hex()
+        self._number = 0
 
     async def start_nats(self) -> None:
         """Start nats-server, on another port if somebody takes the chosen one first; nothing if NATS_URL names one.
@@ -204,23 +226,59 @@ class Stack:
     def prepare(self) -> None:
         """Decide on the services' processes."""
         names = ["monitor", *["expert"] * self._plan.experts, *["router"] * self._plan.routers, "gateway"]
-        suffix = os.urandom(3).hex()
-        for number, service in enumerate(names):
-            environment = {
-                **os.environ,
-                "MODEL": str(self._plan.model),
-                "NATS_URL": self.nats_url,
-                "HOST": self._plan.host if service == "gateway" else "127.0.0.1",
-                "PORT": str(self.port),
-                "WORKERS": str(self._plan.experts),
-                "EXPERT_SHARDS": str(self._shards),
-                "MONITOR_PORT": str(self.monitor_port),
-                "METRICS_PORT": "0",
-                "INSTANCE": f"{service}-{number}-{suffix}",
-                **self._settings,
-            }
-            command = [sys.executable, "-m", f"services.{service}"]
-            self.children.append(Child(f"{service}-{number}", command, environment, self._output))
+        self.children += [self._child(service, self._plan.experts) for service in names]
+
+    def _child(self, service: str, workers: int) -> Child:
+        """The process of one more `service`, of so many workers that share the shards."""
+        number, self._number = self._number, self._number + 1
+        environment = {
+            **os.environ,
+            **(self._scaling() if service == "monitor" and self._plan.supervised else {}),
+            "MODEL": str(self._plan.model),
+            "NATS_URL": self.nats_url,
+            "HOST": self._plan.host if service == "gateway" else "127.0.0.1",
+            "PORT": str(self.port),
+            "WORKERS": str(workers),
+            "EXPERT_SHARDS": str(self._shards),
+            "MONITOR_PORT": str(self.monitor_port),
+            "METRICS_PORT": "0",
+            "INSTANCE": f"{service}-{number}-{self._suffix}",
+            **self._settings,
+        }
+        command = [sys.executable, "-m", f"services.{service}"]
+        return Child(f"{service}-{number}", command, environment, self._output)
+
+    def _scaling(self) -> dict[str, str]:
+        """The monitor's settings: it scales this stack on this machine's cores, if the environment does not differ."""
+        plan, cores = self._plan, len(os.sched_getaffinity(0))
+        least = self._monitor.min_workers if os.environ.get("MIN_WORKERS") else min(2, plan.experts)
+        ours = {
+            "SCALING_EXECUTOR": "local",
+            "MIN_WORKERS": str(least),
+            "MAX_WORKERS": str(max(plan.experts, cores, least)),
+            "MAX_ROUTERS": str(max(plan.routers, cores // 2, self._monitor.min_routers)),
+        }
+        ours = {name: value for name, value in ours.items() if not os.environ.get(name)}
+        return {**ours, "SCALING_SUPERVISOR": self.supervisor}
+
+    # -- more and fewer ----------------------------------------------------------------------------------------------
+
+    def staying(self, service: str) -> list[Child]:
+        """The processes of `service` that are not on their way out."""
+        return [child for child in self.children if child.service == service and not child.stopping.is_set()]
+
+    def add(self, service: str, count: int) -> list[Child]:
+        """Make processes for `count` more of `service`; whoever keeps them starts them."""
+        workers = len(self.staying("expert")) + (count if service == "expert" else 0)
+        made = [self._child(service, workers) for _ in range(count)]
+        self.children += made
+        return made
+
+    async def remove(self, child: Child, stop_seconds: float) -> None:
+        """Have `child` drain and end; it is killed if it takes longer than `stop_seconds`."""
+        child.stop_seconds = stop_seconds
+        await child.stop()
+        self.children.remove(child)
 
     async def stop(self) -> None:
         """In the order of a request's path, so that each finds what it still needs."""
@@ -359,8 +417,10 @@ async def up(plan: Plan) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        structlog.configure(logger_factory=structlog.WriteLoggerFactory(sys.stderr))  # standard output is for `ready`
         async with kept(stack, _announce(stack)) as tasks:
             stop = asyncio.create_task(shutdown.wait(), name="shutdown")
+            supervising = asyncio.create_task(supervise(stack), name="supervisor")
             try:
                 waiting: set[asyncio.Task[Any]] = {*tasks, stop}
                 while stop in waiting:
@@ -368,5 +428,6 @@ async def up(plan: Plan) -> None:
                     for task in finished:
                         task.result()
             finally:
-                stop.cancel()
-                await asyncio.gather(stop, return_exceptions=True)
+                for task in (supervising, stop):
+                    task.cancel()
+                await asyncio.gather(supervising, stop, return_exceptions=True)

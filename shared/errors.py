@@ -26,6 +26,7 @@ HTTP_STATUS: dict[str, int] = {
     "draining": 503,
     "deadline_exceeded": 504,
     "chunk_lost": 503,
+    "scaling_failed": 503,
     "cancelled": 499,
     "internal_error": 500,
 }

@@ -183,3 +183,17 @@ ALERT_NOTIFICATIONS = Counter(
     ["result"],
     registry=REGISTRY,
 )
+
+# monitor: scaling
+SCALING_INSTANCES = Gauge(
+    "moe_scaling_instances",
+    "of a service, as scaling sees it: current, wanted by the metrics, desired after all rules",
+    ["service", "kind"],
+    registry=REGISTRY,
+)
+SCALING_DECISIONS = Counter(
+    "moe_scaling_decisions_total",
+    "told decisions: scale_up, scale_down, scaling_held",
+    ["service", "decision"],
+    registry=REGISTRY,
+)

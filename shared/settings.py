@@ -245,6 +245,44 @@ class MonitorSettings(ServiceSettings):
         None, description="where alerts are sent, as Alertmanager's webhook JSON (default: nowhere)"
     )
     alert_webhook_timeout_seconds: float = Field(5, gt=0, le=60, description="longest wait for the webhook's answer")
+    scaling_executor: Literal["none", "local", "compose", "kubernetes"] = Field(
+        "none", description="who changes the number of workers and routers; none: decisions are only told"
+    )
+    scaling_dry_run: bool = Field(False, description="decide and tell, change nothing")
+    min_workers: int = Field(2, ge=1, le=1024, description="least expert workers that scaling leaves")
+    max_workers: int = Field(16, ge=1, le=1024, description="most expert workers that scaling asks for")
+    min_routers: int = Field(1, ge=1, le=1024, description="least routers that scaling leaves")
+    max_routers: int = Field(4, ge=1, le=1024, description="most routers that scaling asks for")
+    scale_up_at: float = Field(0.8, gt=0, le=10, description="more, when a metric is above this share of its target")
+    scale_down_at: float = Field(0.3, ge=0, lt=1, description="fewer, when all metrics stay below this share")
+    scaling_tolerance: float = Field(0.1, ge=0, lt=1, description="the count aims so far below SCALE_UP_AT")
+    scaling_cooldown_seconds: float = Field(60, ge=0, le=86_400, description="no second change within this time")
+    scaling_window_seconds: float = Field(
+        300, ge=0, le=86_400, description="load must be low for so long, without a gap, before there are fewer"
+    )
+    scaling_look_seconds: float = Field(15, ge=2, le=600, description="decisions look at the last so many seconds")
+    scaling_attempts: int = Field(3, ge=1, le=100, description="scale-ups in a row that change nothing before it stops")
+    scaling_latency: Literal["time_to_first_token", "inter_token", "end_to_end"] = Field(
+        "time_to_first_token", description="the latency that response_time means"
+    )
+    scaling_latency_ms: float = Field(500, gt=0, le=3_600_000, description="target of its 95th percentile")
+    scaling_queue_target: float = Field(4, gt=0, le=1_000_000, description="requests in line per worker, as a target")
+    scaling_supervisor: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="local: whom to ask (`openmoe up` sets it)"
+    )
+    scaling_targets: str = Field(
+        "expert=expert,router=router",
+        pattern=r"^(expert|router)=[a-z0-9]([-a-z0-9_.]*[a-z0-9])?(,(expert|router)=[a-z0-9]([-a-z0-9_.]*[a-z0-9])?)?$",
+        description="compose, kubernetes: the names of the services or Deployments; one left out is not scaled",
+    )
+    scaling_compose_directory: Path | None = Field(None, description="compose: the project's folder (default: here)")
+    scaling_kubernetes_url: str = Field(
+        "https://kubernetes.default.svc", pattern=r"^https?://.+", description="kubernetes: the API"
+    )
+    scaling_kubernetes_account: Path = Field(
+        Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        description="kubernetes: folder with the service account's token, ca.crt and namespace",
+    )
 
     @field_validator("alert_webhook_url")
     @classmethod
@@ -271,6 +309,16 @@ class MonitorSettings(ServiceSettings):
             wrong, side = (clears < fires, "least") if name == "cache_hit_rate" else (clears > fires, "most")
             if wrong:
                 raise ValueError(f"{put(clearing)} must be at {side} {put(name)}")
+        return self
+
+    @model_validator(mode="after")
+    def _scaling_fits(self) -> Self:
+        for least, most in (("min_workers", "max_workers"), ("min_routers", "max_routers")):
+            if getattr(self, least) > getattr(self, most):
+                values = f"{least.upper()}={getattr(self, least)}", f"{most.upper()}={getattr(self, most)}"
+                raise ValueError(f"{values[0]} is more than {values[1]}")
+        if self.scale_down_at >= self.scale_up_at / (1 + self.scaling_tolerance):
+            raise ValueError("SCALE_DOWN_AT must lie below what SCALE_UP_AT and SCALING_TOLERANCE make the aim")
         return self
 
 

@@ -73,6 +73,8 @@ class Status(wire.Message, frozen=True, kw_only=True):
     cpu: Seconds = 0.0
     cores: Seconds = 0.0
     """Cores that it can keep busy; 0: unknown."""
+    busy_seconds: Seconds = 0.0
+    """Workers: how long they have computed since the start, without what calls waited for each other."""
     memory_bytes: Count = 0
     memory_limit_bytes: Count = 0
     """What there is for it and its neighbours: the control group's limit, or the machine's memory; 0: unknown."""

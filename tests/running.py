@@ -177,7 +177,10 @@ def family(pid: int) -> list[psutil.Process]:
 
 @contextlib.asynccontextmanager
 async def running_stack(folder: Path, *arguments: str, **settings: str) -> AsyncIterator[Stack]:
-    """`openmoe up` with these arguments; on leaving it must end with exit code 0 and leave nothing behind."""
+    """`openmoe up` with these arguments; on leaving it must end with exit code 0 and leave nothing behind.
+
+    It stays as large as it is, whatever the load, unless SCALING_EXECUTOR is given; empty, it is what `up` makes it.
+    """
     log = folder / "up.log"
     command = [sys.executable, "-m", "services.cli", "up", "--port", "0", *arguments]
     with log.open("wb") as stderr:
@@ -186,7 +189,7 @@ async def running_stack(folder: Path, *arguments: str, **settings: str) -> Async
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            env=environment(**settings),
+            env=environment(**{"SCALING_EXECUTOR": "none", **settings}),
             process_group=0,
             preexec_fn=die_with_parent,
         )

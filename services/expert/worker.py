@@ -78,6 +78,7 @@ class _State:
     calls: int = 0
     tokens: int = 0
     errors: int = 0
+    busy_seconds: float = 0.0
     codes: dict[str, int] = field(default_factory=dict)
     """Errors by code."""
 
@@ -204,6 +205,7 @@ class Worker:
             queue_limit=self._settings.max_pending_calls * len(self._served),
             cores=float(torch.get_num_threads()),
             epoch=self._copies.epoch(s.shards),
+            busy_seconds=s.busy_seconds,
         )
 
     # -- placement ---------------------------------------------------------------------------------------------------
@@ -477,9 +479,10 @@ class Worker:
         raise_if_expired(expires)
         work = self._checked(wire.decode(ExpertsRequest, data))
         if self._settings.simulated_pair_ms is None:
-            out = await self._compute(self._run, work, expires, rows=work.hidden.shape[0])
+            out, seconds = await self._compute(self._run, work, expires, rows=work.hidden.shape[0])
         else:
-            out = await self._simulated(work, self._settings.simulated_pair_ms / 1000)
+            out, seconds = await self._simulated(work, self._settings.simulated_pair_ms / 1000)
+        self._state.busy_seconds += seconds
         self._state.tokens += out.shape[0]
         shard = int(work.expert_index[0]) % self._settings.expert_shards if work.expert_index.shape[0] else 0
         return shard, wire.encode(ExpertsReply(hidden_states=to_wire(out)))
@@ -510,15 +513,17 @@ class Worker:
                 raise MoeError("wrong_shard", f"expert {expert} is not hosted by {self._instance}")
         return Work(request.layer, hidden, token_index, expert_index, weights)
 
-    async def _simulated(self, work: Work, pair_seconds: float) -> torch.Tensor:
-        """Zeros [T, H], after the time that the products would take; one call at a time, as with real ones."""
+    async def _simulated(self, work: Work, pair_seconds: float) -> tuple[torch.Tensor, float]:
+        """Zeros [T, H], and the time that the products would take, after it; one call at a time, as with real ones."""
+        seconds = pair_seconds * work.expert_index.shape[0]
         async with self._simulation:
-            await asyncio.sleep(pair_seconds * work.expert_index.shape[0])
-        return torch.zeros_like(work.hidden)
+            await asyncio.sleep(seconds)
+        return torch.zeros_like(work.hidden), seconds
 
-    def _run(self, work: Work, expires: float | None) -> torch.Tensor:
-        """[T, H] in the call's dtype."""
+    def _run(self, work: Work, expires: float | None) -> tuple[torch.Tensor, float]:
+        """[T, H] in the call's dtype, and the seconds that it took."""
         raise_if_expired(expires)
+        start = time.perf_counter()
         device = self._device
         out = self._bank.compute(
             work.layer,
@@ -527,7 +532,7 @@ class Worker:
             work.expert_index.to(device),
             work.weights.to(device),
         )
-        return out.to("cpu", work.hidden.dtype)
+        return out.to("cpu", work.hidden.dtype), time.perf_counter() - start
 
 
 async def serve(settings: ExpertSettings, shutdown: asyncio.Event) -> None:

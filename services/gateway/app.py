@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp
 
-from services.gateway import chat, completions, failures, moe, operations
+from services.gateway import admin, chat, completions, failures, moe, operations
 from services.gateway.context import Context
 from services.gateway.idempotency import MAX_KEY_CHARACTERS
 from services.gateway.middleware import Gatekeeper
@@ -20,6 +20,7 @@ from services.gateway.openai_types import (
     DetokenizeBody,
     ForwardBody,
     RouteBody,
+    ScaleBody,
     TokenizeBody,
 )
 from shared.discovery import VERSION
@@ -31,6 +32,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/moe/route": RouteBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/admin/scale": ScaleBody,
 }
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
@@ -51,6 +53,7 @@ def build_app(context: Context) -> ASGIApp:
         chat.routes(context),
         moe.routes(context, forward),
         operations.routes(context),
+        admin.routes(context),
     ):
         app.include_router(router)
     failures.install(app)

@@ -140,3 +140,16 @@ class TokenizeBody(BaseModel):
 class DetokenizeBody(BaseModel):
     model: str | None = None
     tokens: list[TokenId]
+
+
+class ScaleBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    expert: Annotated[Integer, Field(ge=1, le=1024)] | None = None
+    router: Annotated[Integer, Field(ge=1, le=1024)] | None = None
+
+    @model_validator(mode="after")
+    def _something_is_asked(self) -> Self:
+        if self.expert is None and self.router is None:
+            raise ValueError("expert: give a number of expert, of router, or of both")
+        return self

@@ -52,7 +52,7 @@ class AuditRecord(Message, frozen=True, kw_only=True):
     """The monitor that says so."""
     action: str
     """`service_appeared`, `service_left`, `service_down`, `alert_opened`, `alert_closed`, `placement_changed`,
-    `state_rebuilt`."""
+    `state_rebuilt`, `scaled`."""
     subject: str
     """The instance, shard, deployment or key that it is about."""
     text: str
@@ -178,3 +178,61 @@ class ExpertPlan(Message, frozen=True, kw_only=True):
     def replaces(self, other: ExpertPlan | None) -> bool:
         """Whether it is the newer one. Of one epoch there can be two, by monitors that did not hear each other."""
         return other is None or (self.epoch, self.time) > (other.epoch, other.time)
+
+
+class MetricReading(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the figures that a scaling decision is made from."""
+
+    metric: str
+    """`cpu_usage`, `memory_usage`, `response_time`, `queue_depth`."""
+    usage: float | None = None
+    """Share of its target; None: unknown."""
+    wanted: int | None = None
+    """The count that it asks for; None: it asks for nothing."""
+    text: str
+
+
+class ScalingEvent(Message, frozen=True, kw_only=True):
+    """`moe.events.scaling`: a decision about how many there should be. An Event, and all that it was made from."""
+
+    kind: Literal["scale_up", "scale_down", "scaling_held"]
+    subject: str
+    """The service: `expert`, `router`."""
+    text: str
+    time: float
+    """Unix seconds."""
+    actor: str
+    """The monitor that decided."""
+    current: Annotated[int, msgspec.Meta(ge=0)]
+    wanted: Annotated[int, msgspec.Meta(ge=0)]
+    """By the metrics alone."""
+    desired: Annotated[int, msgspec.Meta(ge=0)]
+    """After all rules."""
+    winner: str = ""
+    """The metric that asked for the most."""
+    metrics: tuple[MetricReading, ...] = ()
+    held: tuple[tuple[str, str], ...] = ()
+    """(rule, why) of each rule that kept a count from being asked for."""
+    by_hand: bool = False
+    dry_run: bool = False
+    """Nothing was done about it."""
+    outcome: str = ""
+    """What the executor said."""
+
+
+class ScaleRequest(Message, frozen=True, kw_only=True):
+    """`moe.control.monitor.<instance>` (by hand), `moe.control.supervisor.<instance>`: have so many of each service."""
+
+    op: Literal["scale"] = "scale"
+    counts: Annotated[
+        dict[Literal["expert", "router"], Annotated[int, msgspec.Meta(ge=0, le=1024)]], msgspec.Meta(max_length=2)
+    ]
+    """By service; none: change nothing and tell the counts."""
+    reason: Annotated[str, msgspec.Meta(max_length=1024)] = ""
+
+
+class ScaleReply(Message, frozen=True, kw_only=True):
+    counts: dict[str, int]
+    """That there are now, or will be when those that start are ready and those that drain are gone."""
+    text: str
+    """What was done, a sentence for people."""

@@ -30,6 +30,8 @@ class Measured:
     """Between the two reports; 0: there is only one, and nothing below is known."""
     cpu: float = 0.0
     """Mean share of one core."""
+    busy: float = 0.0
+    """Seconds of computing; workers report them."""
     requests: int = 0
     tokens: int = 0
     failures: dict[str, int] = field(default_factory=dict)
@@ -149,6 +151,7 @@ class History:
             age=now - end,
             seconds=end - start,
             cpu=sum(status.cpu for _, status in inside[1:]) / (len(inside) - 1),
+            busy=max(0.0, last.busy_seconds - first.busy_seconds),
             requests=_grown(first.requests_total, last.requests_total),
             tokens=_grown(first.tokens_total, last.tokens_total),
             failures={

@@ -16,6 +16,7 @@ from services.monitor.page.server import serving
 from services.monitor.page.view import View
 from services.monitor.presence import Presence
 from services.monitor.rebalancing import Rebalancer
+from services.monitor.scaler import Scaler
 from services.monitor.sight import Sight
 from services.monitor.webhook import Webhook
 from shared.bus import Bus, without_secrets
@@ -107,6 +108,7 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
                 "alerts": Alerting(settings, service.bus, sight, presence, keeper, webhook).run(),
                 "page": view.run(),
                 "balance": Rebalancer(service.bus, sight, settings).run(),
+                "scaling": Scaler(settings, service.bus, sight).run(),
             }
             if webhook is not None:
                 parts["webhook"] = webhook.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 from services.monitor.observations import History, Observation
 from shared.bus import Bus
@@ -33,5 +34,10 @@ def leader(observation: Observation) -> str | None:
     Each of several monitors comes to the same, from the same reports, without talking. For a moment after a change two
     may act, or none, so whatever they do must bear being done twice.
     """
-    ready = [(m.status.started, m.instance) for m in observation.ready("monitor")]
+    return acting(m.status for m in observation.ready("monitor"))
+
+
+def acting(monitors: Iterable[Status]) -> str | None:
+    """`leader` of the monitors' reports themselves, for those who only hear them."""
+    ready = [(s.started, s.instance) for s in monitors if s.service == "monitor" and s.state == "ready"]
     return min(ready)[1] if ready else None

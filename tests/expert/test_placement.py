@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.expert.placement import choose_shards, shards_to_take_over
+from services.expert.placement import choose_shards, removable, shards_to_take_over
 from shared.status import State, Status
 
 
@@ -111,7 +112,54 @@ def test_fewer_workers_than_expected_take_their_own_part_only() -> None:
 
 def test_a_late_worker_takes_what_has_fewest_replicas() -> None:
     fleet = [worker(1, "ready", (0, 1)), worker(2, "ready", (0, 2)), worker(3, "loading", wanted=(1, 3))]
-    assert choose_shards(worker(0), fleet, num_shards=4, expected_workers=2) == (2,)
+    assert choose_shards(worker(0), fleet, num_shards=4, expected_workers=2) == (2, 3)
+
+
+def grown(num_shards: int, first: int, last: int) -> list[tuple[int, ...]]:
+    """What each worker holds, of `first` that start together and others that join one by one."""
+    fleet = [worker(n, started=n) for n in range(first)]
+    chosen = everybody_chooses(fleet, num_shards, first)
+    ready = [worker(n, "ready", chosen[f"w{n}"]) for n in range(first)]
+    for number in range(first, last):
+        ready.append(worker(number, "ready", choose_shards(worker(number), ready, num_shards, number + 1)))
+    return [w.shards for w in ready]
+
+
+def busiest(held: list[tuple[int, ...]]) -> float:
+    """The load of the busiest worker, if each shard's work is spread over its workers; all of the work is S."""
+    replicas = {shard: sum(shard in shards for shards in held) for held_by in held for shard in held_by}
+    return max(sum(1 / replicas[shard] for shard in shards) for shards in held)
+
+
+@pytest.mark.parametrize(("num_shards", "first", "last"), [(2, 2, 4), (4, 2, 4), (8, 2, 4), (16, 2, 4), (16, 4, 8)])
+def test_twice_the_workers_nearly_halve_what_the_busiest_has_to_do(num_shards: int, first: int, last: int) -> None:
+    before, after = busiest(grown(num_shards, first, first)), busiest(grown(num_shards, first, last))
+    assert before == num_shards / first
+    assert after <= 0.6 * before
+
+
+@settings(deadline=None)
+@given(st.integers(1, 24), st.integers(1, 6), st.integers(1, 6))
+def test_who_joins_makes_nobody_busier(num_shards: int, first: int, more: int) -> None:
+    held = grown(num_shards, first, first + more)
+    loads = [busiest(held[:count]) for count in range(first, first + more + 1)]
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(loads))
+
+
+@settings(deadline=None)
+@given(st.lists(st.frozensets(st.integers(0, 5)), max_size=8), st.integers(0, 8))
+def test_who_may_go_leaves_no_shard_without_a_worker(held: list[frozenset[int]], count: int) -> None:
+    fleet = [worker(n, "ready", tuple(sorted(shards)), started=n) for n, shards in enumerate(held)]
+    going = removable(fleet, count)
+    assert len(set(going)) == len(going) <= count
+    left = [shards for n, shards in enumerate(held) if f"w{n}" not in going]
+    assert frozenset().union(*left) == frozenset().union(*held)
+
+
+def test_the_newest_go_first() -> None:
+    fleet = [worker(n, "ready", (0,), started=started) for n, started in enumerate((3.0, 9.0, 5.0, 7.0))]
+    assert removable(fleet, 2) == ("w1", "w3")
+    assert removable(fleet, 9) == ("w1", "w3", "w2")
 
 
 def test_shards_of_another_sharding_are_ignored() -> None:

@@ -123,6 +123,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Placement": {"v": 1, "unwritten": []},
     "Roster": {"v": 1, "unwritten": []},
     "ExpertPlan": {"v": 1, "experts": []},
+    "ScalingEvent": {
+        "v": 1,
+        "winner": "",
+        "metrics": [],
+        "held": [],
+        "by_hand": False,
+        "dry_run": False,
+        "outcome": "",
+    },
+    "ScaleRequest": {"v": 1, "op": "scale", "reason": ""},
+    "ScaleReply": {"v": 1},
     "Status": {
         "v": 1,
         "deployment": "",
@@ -147,6 +158,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "errors_total": 0,
         "cpu": 0.0,
         "cores": 0.0,
+        "busy_seconds": 0.0,
         "memory_bytes": 0,
         "memory_limit_bytes": 0,
         "memory_available_bytes": 0,
@@ -169,6 +181,17 @@ RECORD = {
     "action": "placement_changed",
     "subject": "demo-3f2a91bc",
     "text": "epoch 3: expert-2 serves 0, 1",
+}
+
+SCALING = {
+    "kind": "scale_up",
+    "subject": "expert",
+    "text": "2 experts become 3, as cpu_usage: 92% busy, mean of 2",
+    "time": 1767225600.5,
+    "actor": "monitor-1",
+    "current": 2,
+    "wanted": 3,
+    "desired": 3,
 }
 
 # type -> the message with its required fields only
@@ -217,6 +240,9 @@ MINIMAL: dict[str, dict[str, Any]] = {
         "time": 1767225600.5,
     },
     "AuditRecord": RECORD,
+    "ScalingEvent": SCALING,
+    "ScaleRequest": {"counts": {"expert": 4}},
+    "ScaleReply": {"counts": {"expert": 4}, "text": "expert-5, expert-6 start"},
     "Deployment": {
         "model": "demo",
         "fingerprint": "3f2a91bc",
@@ -436,6 +462,25 @@ MESSAGES: list[tuple[str, str, dict[str, Any]]] = [
         },
     ),
     ("audit: a placement changed", "AuditRecord", {"v": 1, **RECORD}),
+    (
+        "scaling: every field",
+        "ScalingEvent",
+        {
+            "v": 1,
+            **SCALING,
+            "winner": "cpu_usage",
+            "metrics": [
+                {"metric": "cpu_usage", "usage": 0.92, "wanted": 3, "text": "92% busy, mean of 2"},
+                {"metric": "response_time", "usage": None, "wanted": None, "text": "gateway-1 has not been heard of"},
+            ],
+            "held": [["bounds", "5 are wanted, at most 3 may be"]],
+            "by_hand": True,
+            "dry_run": True,
+            "outcome": "expert-5 start",
+        },
+    ),
+    ("scale: by hand", "ScaleRequest", {"v": 1, "op": "scale", "counts": {"expert": 4}, "reason": "openmoe scale"}),
+    ("scale: the answer", "ScaleReply", {"v": 1, "counts": {"expert": 4}, "text": "expert-5, expert-6 start"}),
     ("deployment: seen for an hour", "Deployment", {"v": 1, **MINIMAL["Deployment"]}),
     ("placement: every field", "Placement", {"v": 1, **MINIMAL["Placement"], "unwritten": [{"v": 1, **RECORD}]}),
     (
@@ -648,6 +693,14 @@ def hostile_values() -> list[tuple[str, str, dict[str, Any]]]:
         ("Event", "a state that no one knows", {"state": "acknowledged"}),
         ("Event", "a value as text", {"value": "0.6"}),
         ("AuditRecord", "the time as text", {"time": "2026-01-01T00:00:00Z"}),
+        ("ScalingEvent", "a kind that no one knows", {"kind": "scaled"}),
+        ("ScalingEvent", "a rule without its reason", {"held": [["bounds"]]}),
+        ("ScalingEvent", "a usage as text", {"metrics": [{"metric": "cpu_usage", "usage": "0.9", "text": ""}]}),
+        ("ScaleRequest", "an op that no one knows", {"op": "drain"}),
+        ("ScaleRequest", "a service that is not scaled", {"counts": {"monitor": 2}}),
+        ("ScaleRequest", "a negative count", {"counts": {"expert": -1}}),
+        ("ScaleRequest", "a count beyond all fleets", {"counts": {"expert": 1025}}),
+        ("ScaleReply", "a count as text", {"counts": {"expert": "4"}}),
         ("Deployment", "a negative number of shards", {"num_shards": -1}),
         ("Placement", "an epoch of 0", {"epoch": 0}),
         ("Placement", "an epoch as a float", {"epoch": 1.0}),
