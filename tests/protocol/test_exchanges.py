@@ -249,7 +249,7 @@ async def test_a_budget_is_counted_from_the_arrival_not_from_the_turn(fleet: Fle
     shard = report["shards"][0]
     mine = [expert for expert in range(EXPERTS) if expert % SHARDS == shard][:2]  # no more than a token takes
     heavy = msgpack.packb(call(rows(4000), [(row, expert, 1.0) for row in range(4000) for expert in mine]))
-    for _ in range(24):
+    for _ in range(12):  # 49 MB: from 64 on the server takes a reader that is behind for lost
         await fleet.client.publish(fleet.subject(f"worker.{instance}"), heavy)
     request = call(rows(1), [(0, shard, 1.0)])
     code = await fleet.error(fleet.subject(f"worker.{instance}"), request, **{"Moe-Budget-Ms": "50"})
@@ -419,6 +419,6 @@ async def test_every_instance_answers_discovery(fleet: Fleet) -> None:
     inbox = fleet.client.new_inbox()
     replies = await fleet.client.subscribe(inbox)
     await fleet.client.publish("$SRV.PING", b"", reply=inbox)
-    names = {json.loads((await replies.next_msg(timeout=SECONDS)).data)["name"] for _ in range(5)}
+    names = {json.loads((await replies.next_msg(timeout=SECONDS)).data)["name"] for _ in range(6)}
     await replies.unsubscribe()
-    assert names == {"openmoe-gateway", "openmoe-router", "openmoe-expert", "openmoe-monitor"}
+    assert names == {f"openmoe-{name}" for name in ("gateway", "router", "expert", "monitor", "supervisor")}
