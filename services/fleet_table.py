@@ -51,10 +51,10 @@ class Watch:
         self._read = 0.0
 
     async def begin(self) -> None:
-        """Hear reports, for a little more than one round of them: rates need two."""
+        """Hear reports for a little more than two rounds of them: rates need two of each instance."""
         fleet = Fleet(tell=self._history.observe)
         await fleet.watch(self._bus)
-        await asyncio.sleep(STATUS_INTERVAL_SECONDS * 1.5)
+        await asyncio.sleep(STATUS_INTERVAL_SECONDS * 2.2)
 
     async def glance(self) -> Glance:
         """The fleet now."""

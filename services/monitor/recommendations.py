@@ -46,7 +46,7 @@ def recommendations(
         found.append("NATS does not answer: start it, or correct NATS_URL; what is shown is the last that was heard")
     for name, shards in missing.items():
         if shards:
-            found.append(f"no worker serves shard {named(shards)} of {name}: start an expert worker, or see its log")
+            found.append(f"no worker serves {_shards(shards)} of {name}: start an expert worker, or see its log")
     for service in sorted({m.service for m in seen.instances}):
         if silent := seen.stale(service) if seen.connected else []:
             who = named([m.instance for m in silent])
@@ -78,9 +78,7 @@ def recommendations(
         )
     for name, shards in single.items():
         if shards and not missing.get(name):
-            found.append(
-                f"shard {named(shards)} of {name} has one worker only: another would make its loss unnoticeable"
-            )
+            found.append(f"{_shards(shards)} of {name}: one worker only; a second would make its loss unnoticeable")
     if any(not m.status.state_stored for m in seen.ready("monitor")):
         found.append("decisions are not kept: turn JetStream on in NATS, or see the monitor's log")
     return tuple(found)
@@ -90,6 +88,10 @@ def named(things: Sequence[object]) -> str:
     """`0, 1, 2`, and how many more."""
     more = f" and {len(things) - NAMED} more" if len(things) > NAMED else ""
     return ", ".join(str(thing) for thing in things[:NAMED]) + more
+
+
+def _shards(shards: Sequence[int]) -> str:
+    return f"shard{'s' if len(shards) > 1 else ''} {named(shards)}"
 
 
 def _memory_full(status: Status) -> bool:

@@ -66,7 +66,8 @@ class Project:
         self.name = f"openmoe-test-{os.urandom(3).hex()}"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.monitor_url = f"http://127.0.0.1:{(monitor_port := free_port())}"
+        monitor_port = free_port()
+        self.monitor_url = f"http://127.0.0.1:{monitor_port}"
         self.settings = {
             "PORT": str(self.port),
             "MONITOR_PORT": str(monitor_port),

@@ -36,6 +36,20 @@ async def test_it_answers_health_completions_streams_and_layers(project: Project
     assert all(math.isfinite(x) for row in answer["hidden_states"] for x in row)
 
 
+async def test_the_monitors_page_shows_the_containers_on_this_machine(project: Project) -> None:
+    async with httpx.AsyncClient(base_url=project.monitor_url, timeout=30, trust_env=False) as http:
+
+        async def services() -> set[str]:
+            report = (await http.get("/state.json")).json()["report"] or {"instances": []}
+            return {instance["service"] for instance in report["instances"]}
+
+        async def complete() -> bool:
+            return await services() >= set(SERVICES)
+
+        await wait_until(complete, "every service on the monitor's page")
+        assert "Every shard is served" in (await http.get("/")).text
+
+
 async def test_a_stream_arrives_token_by_token_through_nginx(client: httpx.AsyncClient) -> None:
     body = {**BODY, "prompt": "# as it comes\n", "max_tokens": 64, "stream": True}
     async with client.stream("POST", "/v1/completions", json=body) as answer:

@@ -78,6 +78,22 @@ def test_decisions_are_the_newest_first_and_without_who_came_and_went() -> None:
     assert [(e.kind, e.by) for e in told.presence(10)] == [("service_appeared", "monitor-1")]
 
 
+def test_a_decision_and_the_record_of_it_show_once_with_what_became_of_it() -> None:
+    scaled = Notice(
+        kind="scale_up", subject="expert", text="2 -> 3", outcome="one started", time=NOW, actor="monitor-1"
+    )
+    kept = AuditRecord(
+        id="7", time=NOW, actor="monitor-1", action="scaled", subject="expert", text="2 -> 3; one started"
+    )
+    for order in (1, -1):
+        told = Chronicle()
+        for subject, message in [("moe.events.scaling", scaled), (subjects.AUDIT, kept)][::order]:
+            told.note(subject, wire.encode(message), NOW)
+        told.note("moe.events.scaling", event("another thing", NOW), NOW)
+        found = {(e.kind, e.text, e.by) for e in told.decisions(10)}
+        assert found == {("scale_up", "2 -> 3; one started", "monitor-1"), ("scale_up", "another thing", "")}
+
+
 @pytest.mark.parametrize("at", [float("nan"), float("inf"), -1.0, 0.0, 1e300, NOW + 3600])
 def test_a_time_that_cannot_be_is_the_time_of_arrival(at: float) -> None:
     told = Chronicle()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from services.monitor.page.chronicle import Notice
+from services.monitor.page.view import Snapshot
 from shared import subjects, wire
 from tests.monitor.keeping import SOON, connected, nats_server, reporting
 from tests.monitor.paging import LAYERS, Load, fleet, remember_an_hour, served, watching
@@ -36,7 +37,7 @@ async def browse(url: str, *options: str) -> str:
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
             *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
             *("--disable-dev-shm-usage", f"--user-data-dir={profile}", f"--virtual-time-budget={SCRIPT_MS}"),
-            *options,
+            *options,  # the later of two wins
             url,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
@@ -122,6 +123,25 @@ async def test_it_says_that_nats_is_gone_and_keeps_what_it_knew(tmp_path: Path) 
     assert "does not answer since" in html
     assert '<main id="main" class="old">' in html
     assert "expert-3" in html
+
+
+async def test_its_script_says_that_the_monitor_is_gone() -> None:
+    asked = asyncio.Event()
+    async with served() as page:
+        snapshot = page.view.snapshot
+
+        def noticed() -> Snapshot:
+            if page.view._made is not None:  # the document has been given; this is its script
+                asked.set()
+            return snapshot()
+
+        page.view.snapshot = noticed  # type: ignore[method-assign]
+        looking = asyncio.create_task(document(page.url, f"--virtual-time-budget={20 * SCRIPT_MS}"))
+        async with asyncio.timeout(BROWSER_SECONDS):
+            await asked.wait()
+    html = await looking
+    assert "The monitor does not answer since" in html
+    assert '<main id="main" class="old">' in html
 
 
 async def test_it_says_that_there_is_no_data(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_without_nats_nobody_is_blamed_for_silence() -> None:
         ([still("gateway-1", waiting=4)], "4 requests wait"),
         ([still("gateway-1", host="h1", memory_limit_bytes=100, memory_available_bytes=4)], "memory is in use at h1"),
         ([still("monitor-1", state_stored=False)], "decisions are not kept"),
-        ([still("expert-1", shards=(0, 1)), still("router-1")], "shard 0, 1 of demo-3f2a91bc has one worker only"),
+        ([still("expert-1", shards=(0, 1)), still("router-1")], "shards 0, 1 of demo-3f2a91bc: one worker only"),
         (
             [(status("gateway-1"), status("gateway-1", latencies={"time_to_first_token": counts(0.9, 9)}))],
             "first token",

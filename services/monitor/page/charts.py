@@ -64,7 +64,7 @@ def chart(title: str, unit: str, series: Sequence[Series], now: float) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {up(tick):.1f}H{right}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     for ago in range(0, seconds + 1, step):
-        anchor = "end" if not ago else "start" if ago == seconds else "middle"
+        anchor = "end" if not ago else "middle"
         told = "now" if not ago else f"−{ago // 60}" + (" min" if ago == seconds else "")
         parts.append(f'<text x="{across(now - ago):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{told}</text>')
     for index, line in enumerate(series):

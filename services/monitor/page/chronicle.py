@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared import subjects, wire
 from shared.wire import Message
@@ -14,6 +14,7 @@ MAX_ENTRIES = 100
 """Of each family, so that many of one do not push out the few of another."""
 MAX_ALERTS = 256
 MAX_CHARACTERS = 1000
+AUDIT = subjects.AUDIT.rsplit(".", maxsplit=1)[-1]
 PRESENCE = ("service_appeared", "service_left", "service_down")
 
 
@@ -30,6 +31,8 @@ class Notice(Message, frozen=True, kw_only=True):
     state: str = ""
     severity: str = ""
     fingerprint: str = ""
+    outcome: str = ""
+    """What became of a decision."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Chronicle:
         family = subject.rsplit(".", maxsplit=1)[-1]
         notice = wire.decode(Notice, data)
         at = notice.time if math.isfinite(notice.time) and 0 < notice.time <= now + 60 else now
-        kind, subject_, text = (_short(t) for t in (notice.kind or notice.action, notice.subject, notice.text))
+        told = f"{notice.text}; {notice.outcome}" if notice.outcome else notice.text
+        kind, subject_, text = (_short(t) for t in (notice.kind or notice.action, notice.subject, told))
         alert = family == "alert"
         about = _short(notice.fingerprint) or f"{kind} {subject_}"
         entry = Entry(
@@ -120,11 +124,20 @@ class Chronicle:
             for e in entries
             if family != "alert" and not e.kind.startswith("alert_") and e.kind not in PRESENCE
         ]
-        return sorted(found, key=lambda e: -e.time)[:count]
+        kept: dict[tuple[float, str], list[Entry]] = {}
+        for e in sorted(found, key=lambda e: (-e.time, -len(e.text), not e.by, e.family)):
+            same = kept.setdefault((e.time, e.subject), [])
+            for n, other in enumerate(same):  # an event and the record of it: once, by the event's name
+                if other.family != e.family and other.text.startswith(e.text):
+                    same[n] = replace(other, kind=e.kind) if other.family == AUDIT else other
+                    break
+            else:
+                same.append(e)
+        return [e for same in kept.values() for e in same][:count]
 
     def presence(self, count: int) -> list[Entry]:
         """Who came and went, the newest first."""
-        kept = self._entries.get(subjects.AUDIT.rsplit(".", maxsplit=1)[-1], ())
+        kept = self._entries.get(AUDIT, ())
         return sorted((e for e in kept if e.kind in PRESENCE), key=lambda e: -e.time)[:count]
 
 
