@@ -142,6 +142,7 @@ def test_routing_that_is_told_twice_is_seen() -> None:
 def test_penalties_that_are_not_continued_are_seen() -> None:
     def fresh(self: Sequence) -> None:
         self.output = list(self.request.output_ids)
+        self.counts = Counter()
 
     found = violations(Sequence, "__post_init__", fresh, range(200))
     assert "are not the beginning of" in found or "ends with" in found
