@@ -6,11 +6,10 @@ asked is no silence: where all report, and report no request, nobody waits and n
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from services.monitor.observations import Measured, Observation
+from services.monitor.observations import Measured, Observation, shard_tokens
 from services.monitor.rules import Reading, judge
 from shared.errors import HTTP_STATUS
 from shared.histogram import added, quantile
@@ -186,16 +185,6 @@ def _with_weights(reading: Reading, used: int, weights: int) -> Reading:
 
 
 # -- experts ---------------------------------------------------------------------------------------------------------
-
-
-def shard_tokens(routers: Sequence[Measured]) -> Counter[int]:
-    """Tokens per shard, of all layers; expert e belongs to shard e mod S."""
-    tokens: Counter[int] = Counter()
-    for m in routers:
-        size = m.status.num_shards
-        for row in m.expert_tokens if size else ():
-            tokens.update({shard: sum(row[shard::size]) for shard in range(size)})
-    return tokens
 
 
 def expert_imbalance(seen: Observation, settings: MonitorSettings) -> Iterable[Reading]:

@@ -6,7 +6,7 @@ nobody reported is None, and neither ever counts as zero.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -178,3 +178,17 @@ def _rows_grown(before: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -
 
 def _grown(before: int, now: int) -> int:
     return max(0, now - before)
+
+
+def shard_tokens(routers: Sequence[Measured]) -> Counter[int]:
+    """Tokens sent to each shard, of all layers; a router that does not count them sends expert e's to shard e mod S."""
+    tokens: Counter[int] = Counter()
+    for m in routers:
+        size = m.status.num_shards
+        if m.shard_tokens:
+            rows = [dict(enumerate(row)) for row in m.shard_tokens]
+        else:
+            rows = [{s: sum(row[s::size]) for s in range(size)} for row in (m.expert_tokens if size else ())]
+        for row in rows:
+            tokens.update(row)
+    return tokens

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.monitor.findings import shards_missing
-from services.monitor.observations import Measured, Observation
+from services.monitor.observations import Measured, Observation, shard_tokens
 from services.monitor.recommendations import recommendations
 from shared.errors import HTTP_STATUS
 from shared.histogram import Counts, quantile
@@ -104,7 +104,7 @@ class DeploymentReport:
     """Of the placement that routers dispatch by; 0: expert e belongs to shard e mod S."""
     shards: tuple[ShardReport, ...]
     shard_imbalance: float | None
-    """Tokens of the busiest shard over the mean; None of no token, and under a placement that moves experts."""
+    """Tokens of the busiest shard over the mean; None of no token."""
     worker_imbalance: float | None
     """Tokens of the busiest ready worker over the mean, as workers counted them."""
     layers: tuple[LayerReport, ...]
@@ -306,7 +306,7 @@ def _deployment(seen: Observation, name: str) -> DeploymentReport:
         model=next((m.status.model for m in members), ""),
         epoch=epoch,
         shards=shards,
-        shard_imbalance=None if epoch else _rounded(_by_shard(layers, num_shards)),
+        shard_imbalance=_rounded([tokens for _, tokens in sorted(shard_tokens(routers).items())]),
         worker_imbalance=_rounded([m.tokens for m in ready]),
         layers=layers,
     )
@@ -323,10 +323,6 @@ def expert_layers(routers: Sequence[Measured]) -> tuple[LayerReport, ...]:
         even = entropy(tokens)
         layers.append(LayerReport(layer, tokens, None if even is None else round(even, 4), _rounded(tokens)))
     return tuple(layers)
-
-
-def _by_shard(layers: Sequence[LayerReport], num_shards: int) -> list[int]:
-    return [sum(sum(layer.tokens[shard::num_shards]) for layer in layers) for shard in range(num_shards)]
 
 
 def _rounded(counts: Sequence[int]) -> float | None:

@@ -60,11 +60,11 @@ async def _watch(parts: Mapping[str, Coroutine[Any, Any, None]]) -> None:
             group.create_task(part, name=name)
 
 
-def _webhook(settings: MonitorSettings, address: str) -> Webhook | None:
+def _webhook(settings: MonitorSettings, page: str) -> Webhook | None:
     url = settings.alert_webhook_url
     if url is None:
         return None
-    return Webhook(url, f"http://{address}", timeout_seconds=settings.alert_webhook_timeout_seconds)
+    return Webhook(url, page, timeout_seconds=settings.alert_webhook_timeout_seconds)
 
 
 async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
@@ -98,9 +98,10 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
             keeper = Keeper(service.bus, fleet, settings.stale_seconds)
             await fleet.watch(service.bus)
             await view.watch(service.bus)
-            log.info("monitor.ready", url=f"http://{settings.host}:{listener.getsockname()[1]}", instance=instance)
+            page = f"http://{settings.host}:{listener.getsockname()[1]}"
+            log.info("monitor.ready", url=page, instance=instance)
             presence = Presence(service.bus, fleet)
-            webhook = _webhook(settings, address)
+            webhook = _webhook(settings, page)
             parts = {
                 "gauges": Monitor(fleet).run(service.bus),
                 "state": keeper.run(),

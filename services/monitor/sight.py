@@ -10,6 +10,9 @@ from shared.bus import Bus
 from shared.status import Status
 
 HISTORY_SECONDS = 600.0
+SPACING_SECONDS = 10.0
+"""Of what is older than RECENT_SECONDS: a large model's report has as many counters as layers times experts."""
+RECENT_SECONDS = 70.0
 
 
 class Sight:
@@ -17,15 +20,18 @@ class Sight:
 
     def __init__(self, instance: str, *, seconds: float = HISTORY_SECONDS) -> None:
         self.instance = instance
-        self._history = History(seconds)
+        self._recent = History(min(seconds, RECENT_SECONDS))
+        self._history = History(seconds, spacing=SPACING_SECONDS)
 
     def tell(self, status: Status, now: float) -> None:
         """Take note of a report that came at `now`, on the monotonic clock."""
+        self._recent.observe(status, now)
         self._history.observe(status, now)
 
     def look(self, bus: Bus, window: float) -> Observation:
         """The last `window` seconds."""
-        return self._history.observation(time.monotonic(), time.time(), window=window, connected=bus.connected)
+        history = self._recent if window <= RECENT_SECONDS else self._history
+        return history.observation(time.monotonic(), time.time(), window=window, connected=bus.connected)
 
 
 def leader(observation: Observation) -> str | None:

@@ -154,12 +154,13 @@ def test_experts_are_summed_over_routers_with_entropy_and_imbalance() -> None:
     assert of(report).shard_imbalance == 1.5  # experts 0 and 2 are shard 0's: 30 of 40 tokens
 
 
-def test_under_a_placement_that_moves_experts_only_what_workers_counted_is_told() -> None:
-    routed = (status("router-1"), status("router-1", epoch=3, expert_tokens=((20, 10, 0, 0),)))
+def test_under_a_placement_that_moves_experts_the_routers_own_count_by_shard_is_told() -> None:
+    moved = status("router-1", epoch=3, expert_tokens=((20, 10, 0, 0),), shard_tokens=((16, 14),))
+    routed = (status("router-1", shard_tokens=((0, 0),)), moved)
     worked = [(status(f"expert-{n}"), status(f"expert-{n}", tokens_total=t)) for n, t in ((1, 300), (2, 100))]
     deployment = of(fleet_report(observed(routed, *worked)))
     assert deployment.epoch == 3
-    assert deployment.shard_imbalance is None
+    assert deployment.shard_imbalance == pytest.approx(16 / 15, abs=1e-3)
     assert deployment.worker_imbalance == 1.5
 
 
