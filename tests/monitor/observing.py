@@ -33,7 +33,7 @@ def seen(*instances: Measured, now: float = NOW) -> Observation:
 
 def settings(**changed: Any) -> MonitorSettings:
     """The defaults but for `changed`."""
-    return MonitorSettings(**changed)
+    return MonitorSettings(**{"monitor_port": 0, **changed})
 
 
 def counts(*milliseconds: float) -> tuple[int, ...]:
