@@ -34,6 +34,7 @@ def test_overload_absence_and_loss_may_be_retried_and_nothing_else() -> None:
         "draining",
         "wrong_shard",
         "chunk_lost",
+        "scaling_failed",
     }
 
 
