@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 import uvloop
@@ -55,7 +56,11 @@ class Server:
     def stall(self) -> None:
         """From now on it reads nothing and says nothing, but its connections stay open."""
         assert self.process is not None
-        os.kill(self.process.process.pid, signal.SIGSTOP)
+        pid = self.process.process.pid
+        os.kill(pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5  # each of its threads stops by itself, and one of them may still answer
+        while psutil.Process(pid).status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
+            time.sleep(0.001)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Any NATS client finds the fleet: all four services answer discovery as NATS' ADR-32 asks."""
+"""Any NATS client finds the fleet: the services and their supervisor answer discovery as NATS' ADR-32 asks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.running import Stack, Watcher, wait_until
 
-SERVICES = {f"openmoe-{name}" for name in ("gateway", "router", "expert", "monitor")}
+SERVICES = {f"openmoe-{name}" for name in ("gateway", "router", "expert", "monitor", "supervisor")}
 SEMANTIC_VERSION = re.compile(r"\d+\.\d+\.\d+$")
 NAME = re.compile(r"[A-Za-z0-9_-]+$")
 
@@ -57,8 +57,9 @@ async def all_reported(watcher: Watcher) -> None:
 
 async def test_all_services_answer_ping_info_and_stats(plain: Any, watcher: Watcher) -> None:
     await all_reported(watcher)
+    supervisor = json.loads((await plain.request("$SRV.PING.openmoe-supervisor", b"", timeout=30)).data)["id"]
     for verb in ("PING", "INFO", "STATS"):
-        answers = await ask(plain, f"$SRV.{verb}", lambda: alive(watcher))
+        answers = await ask(plain, f"$SRV.{verb}", lambda: {supervisor, *alive(watcher)})
         assert {answer["name"] for answer in answers} == SERVICES
         for answer in answers:
             assert answer["type"] == f"io.nats.micro.v1.{verb.lower()}_response"
