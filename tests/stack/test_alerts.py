@@ -44,7 +44,7 @@ async def audited(bus: Bus, subject: str) -> list[str]:
     return [r.action for r in found if r.subject == subject]
 
 
-async def at_rest(fleet: Processes, watcher: Watcher, folder: Path) -> None:
+async def at_rest(fleet: Processes, watcher: Watcher) -> None:
     """Wait until all serve and the monitor knows them."""
     await fleet.all_ready(watcher.fleet)
 
@@ -53,13 +53,19 @@ async def at_rest(fleet: Processes, watcher: Watcher, folder: Path) -> None:
 
     await wait_until(known, "the monitor to know everybody", SOON)
 
+    async def nothing_fires() -> bool:  # if workers start slowly, the router needs their shards before they serve them
+        counts = [len(await told(watcher.bus, f"{fleet.deployment}/{shard}")) for shard in (0, 1)]
+        return all(count % 2 == 0 for count in counts)
+
+    await wait_until(nothing_fires, "the end of alerts from the start", SOON)
+
 
 async def test_the_last_worker_of_a_shard_dies(tmp_path: Path, server: Nats, own_watcher: Watcher) -> None:
     bus = own_watcher.bus
     async with processes(tmp_path, server.url, "alerts") as fleet:
         monitor = await start_service(tmp_path, "monitor", NATS_URL=server.url, METRICS_PORT="0", ENV="staging")
         try:
-            await at_rest(fleet, own_watcher, tmp_path)
+            await at_rest(fleet, own_watcher)
             victim, heir = fleet.only_holder(own_watcher.fleet, 1), fleet.only_holder(own_watcher.fleet, 0)
             shard = f"{fleet.deployment}/1"
             before = await told(bus, shard)
