@@ -699,7 +699,8 @@ async def test_the_gatekeeper_comes_first(watcher: Watcher) -> None:
             assert made.idempotency.entries == 0
             asked = {"prompt": "x", "max_tokens": 1}
             answer = await client.post("/v1/completions", json=asked, headers={**KEY, **token})
-            assert code(answer) == (503, "router_unavailable")
+            # There is no router; on a busy machine the time is over before the bus has said so.
+            assert code(answer) in {(503, "router_unavailable"), (504, "deadline_exceeded")}
             # Neither other methods nor other paths look at the header.
             assert (await client.get("/v1/models", headers={"Idempotency-Key": "", **token})).status_code == 200
             told = await client.post("/tokenize", json={"prompt": "x"}, headers={"Idempotency-Key": "", **token})
