@@ -96,6 +96,8 @@ class Work:
     """[P] int32"""
     weights: torch.Tensor
     """[P] float32"""
+    shard: int
+    """The home of its first expert."""
 
 
 class Worker:
@@ -475,7 +477,7 @@ class Worker:
         self._noted = served
 
     async def _answer(self, data: bytes, expires: float | None) -> tuple[int, bytes]:
-        """One call: decode, check, compute, encode; with the shard that it was for."""
+        """One call: decode, check, compute, encode; with the shard that it counts for."""
         raise_if_expired(expires)
         work = self._checked(wire.decode(ExpertsRequest, data))
         if self._settings.simulated_pair_ms is None:
@@ -484,8 +486,7 @@ class Worker:
             out, seconds = await self._simulated(work, self._settings.simulated_pair_ms / 1000)
         self._state.busy_seconds += seconds
         self._state.tokens += out.shape[0]
-        shard = int(work.expert_index[0]) % self._settings.expert_shards if work.expert_index.shape[0] else 0
-        return shard, wire.encode(ExpertsReply(hidden_states=to_wire(out)))
+        return work.shard, wire.encode(ExpertsReply(hidden_states=to_wire(out)))
 
     def _checked(self, request: ExpertsRequest) -> Work:
         """The call's tensors, if they fit together and this worker hosts the experts.
@@ -508,10 +509,12 @@ class Worker:
         tokens = token_index.numpy()
         if pairs and (tokens.min() < 0 or tokens.max() >= hidden.shape[0]):
             raise BadMessageError(f"token_index is outside the {hidden.shape[0]} rows of hidden_states")
-        for expert in set(expert_index.tolist()):
+        experts = expert_index.tolist()
+        for expert in set(experts):
             if expert not in self._owned and (request.layer, expert) not in self._copies.held:
                 raise MoeError("wrong_shard", f"expert {expert} is not hosted by {self._instance}")
-        return Work(request.layer, hidden, token_index, expert_index, weights)
+        shard = experts[0] % self._settings.expert_shards if experts else 0
+        return Work(request.layer, hidden, token_index, expert_index, weights, shard)
 
     async def _simulated(self, work: Work, pair_seconds: float) -> tuple[torch.Tensor, float]:
         """Zeros [T, H], and the time that the products would take, after it; one call at a time, as with real ones."""

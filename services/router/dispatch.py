@@ -40,7 +40,7 @@ AT_HOME = {"wrong_shard", "shard_unavailable"}
 """Errors after which what was for copies is asked of the experts' own shards."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Call:
     """One message: some rows of the batch, to one shard."""
 
@@ -309,11 +309,11 @@ class BusQuestion:
 
 
 def combine(hidden: torch.Tensor, calls: list[Call], answers: list[Rows]) -> torch.Tensor:
-    """Add the partial sums in shard order, so that the sum does not depend on who answers first.
+    """Add the partial sums in the calls' order, so that the sum does not depend on who answers first.
 
     Args:
         hidden: [T, H], what was asked: the result has its shape and device.
-        calls: the calls, in shard order.
+        calls: the calls, in shard order; behind them those that were asked again at home.
         answers: to each a row for each of the call's rows, in hidden's dtype.
 
     """
@@ -321,6 +321,6 @@ def combine(hidden: torch.Tensor, calls: list[Call], answers: list[Rows]) -> tor
     if calls:
         rows = torch.from_numpy(np.concatenate([call.row_numbers for call in calls]))
         values = torch.from_numpy(np.concatenate(answers)).view(hidden.dtype).view(-1, hidden.shape[1])
-        # Row by row, in the order given: the partial sums of a token in shard order.
+        # Row by row, in the order given.
         out.index_add_(0, rows, values.float())
     return out.to(hidden.device)
