@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -19,7 +20,7 @@ from services.monitor.keeper import Keeper
 from services.monitor.messages import Event, OpenAlert
 from services.monitor.observations import Observation
 from services.monitor.presence import Presence
-from services.monitor.rules import RULES
+from services.monitor.rules import RULES, Reading
 from services.monitor.sight import Sight, leader
 from services.monitor.webhook import Webhook
 from shared import subjects, wire
@@ -74,14 +75,27 @@ class Alerting:
         presence: Presence,
         keeper: Keeper,
         webhook: Webhook | None,
+        more: Callable[[], Iterable[Reading]] = tuple,
     ) -> None:
-        """Know of no alert yet, and let `keeper` keep what will be told."""
+        """Know of no alert yet, and let `keeper` keep what will be told.
+
+        Args:
+            settings: the thresholds.
+            bus: where events go.
+            sight: the fleet.
+            presence: who is lost.
+            keeper: keeps what was told.
+            webhook: who is told beside the bus.
+            more: readings that other parts of the monitor have at each look.
+
+        """
         self._settings = settings
         self._bus = bus
         self._sight = sight
         self._presence = presence
         self._keeper = keeper
         self._webhook = webhook
+        self._more = more
         self._hearing = Hearing(settings.stale_seconds)
         self._told: tuple[OpenAlert, ...] = ()
         self._adopted = False
@@ -132,7 +146,8 @@ class Alerting:
 
     async def _tell(self, seen: Observation, *, acts: bool) -> None:
         opened = {key: (a.reading.deployment, a.since) for key, a in self.state.items() if a.firing}
-        readings = [*figures(seen, self._settings), *absences(seen, self._presence.lost(), self._settings, opened)]
+        lost = absences(seen, self._presence.lost(), self._settings, opened)
+        readings = [*figures(seen, self._settings), *lost, *self._more()]
         self.state, closed = step(self.state, readings, seen.now, self._settings)
         self._show()
         said = telling(self._told, self.state, closed, seen.now, self._settings.alert_repeat_seconds)

@@ -79,6 +79,13 @@ RULES: dict[str, Rule] = {
         "A line is nearly full",
         "What comes next is refused with HTTP 429: add instances of this service.",
     ),
+    "scaling_ineffective": Rule(
+        "warning",
+        "investigate",
+        "More instances change nothing",
+        "Find what else is short: the routers, the bus, cores that all share. It goes on once the load has fallen, or "
+        "when you scale by hand.",
+    ),
 }
 
 
@@ -88,7 +95,7 @@ class Reading:
 
     rule: str
     subject: str
-    """An instance, a host, `<deployment>` or `<deployment>/<shard>`."""
+    """An instance, a host, a scaled service, `<deployment>` or `<deployment>/<shard>`."""
     verdict: Verdict
     text: str
     """What is seen, a sentence for people."""

@@ -13,9 +13,10 @@ from nats.aio.msg import Msg
 
 from services.monitor.executors import Executor, choose_executor
 from services.monitor.keeper import AUDIT_STREAM
-from services.monitor.messages import AuditRecord, Event, MetricReading, ScaleReply, ScaleRequest, ScalingEvent
+from services.monitor.messages import AuditRecord, MetricReading, ScaleReply, ScaleRequest, ScalingEvent
 from services.monitor.observations import Observation
-from services.monitor.scaling import Decision, Limits, ScalingState, by_hand, decide
+from services.monitor.rules import Reading
+from services.monitor.scaling import Decision, Limits, ScalingState, by_hand, decide, scaling_ineffective
 from services.monitor.sight import Sight, leader
 from services.monitor.utilisation import SERVICES, Service, Targets
 from shared import subjects, wire
@@ -87,6 +88,10 @@ class Scaler:
         finally:
             await self._executor.close()
 
+    def readings(self) -> list[Reading]:
+        """For the alert scaling_ineffective."""
+        return [scaling_ineffective(service, self._states[service], self._limits[service]) for service in SERVICES]
+
     def _observe(self) -> Observation:
         """What is seen of the model that this monitor is for, and of the monitors."""
         seen = self._sight.look(self._bus, self._settings.scaling_look_seconds)
@@ -112,8 +117,6 @@ class Scaler:
                     await self._carry_out(decision)
                 elif decision.wanted != decision.current and self._is_news(decision):
                     await self._tell(self._event(decision))
-                if decision.alert:
-                    await self._alert(decision)
 
     async def _carry_out(self, decision: Decision) -> None:
         outcome, done = await self._have(decision.service, decision.current, decision.desired, decision.text)
@@ -190,18 +193,9 @@ class Scaler:
             text=event.text,
         )
         SCALING_DECISIONS.labels(event.subject, event.kind).inc()
-        await self._publish("scaling", wire.encode(event))
-
-    async def _alert(self, decision: Decision) -> None:
-        text = f"scaling up {decision.service}s has changed nothing {self._settings.scaling_attempts} times: it stops"
-        log.warning("alert", kind="scaling_ineffective", subject=decision.service, text=text)
-        event = Event(kind="scaling_ineffective", subject=decision.service, text=text, time=decision.time)
-        await self._publish("alert", wire.encode(event))
-
-    async def _publish(self, kind: str, data: bytes) -> None:
-        EVENTS.labels(kind).inc()
+        EVENTS.labels("scaling").inc()
         try:
-            await self._bus.publish(subjects.event(kind), data)
+            await self._bus.publish(subjects.event("scaling"), wire.encode(event))
         except MoeError as error:
             log.warning("scaling.unpublished", reason=error.message)
 

@@ -15,6 +15,7 @@ from typing import Literal
 
 from services.expert.placement import removable
 from services.monitor.observations import Measured, Observation
+from services.monitor.rules import Reading as AlertReading
 from services.monitor.utilisation import Metric, Service, Targets, Usage, usages
 
 Action = Literal["up", "down", "hold"]
@@ -84,8 +85,6 @@ class Decision:
     """The metric that asks for the most."""
     held: tuple[Held, ...]
     text: str
-    alert: bool = False
-    """Scaling up has just been given up as ineffective."""
 
     @property
     def action(self) -> Action:
@@ -146,7 +145,7 @@ def decide(
     ready = len(observation.ready(service))
     readings = tuple(_reading(u, ready, current, limits) for u in usages(service, observation, limits.targets))
     winner = _winner(readings)
-    state, alert = _judged(state, winner, observation, limits)
+    state = _judged(state, winner, observation, limits)
     wanted = current if winner is None else winner.wanted or 0
     state = _with_low(state, readings, wanted, not observation.stale(service) and ready > 0, now, limits)
     look = _Look(service, observation, limits, state, present, readings, wanted)
@@ -159,12 +158,27 @@ def decide(
         state = ScalingState(state.since, now, target=desired, attempt=attempt, futile=state.futile)
     metric = winner.usage.metric if winner else None
     text = _text(service, current, desired, winner, rules)
-    return Decision(service, now, current, wanted, desired, readings, metric, tuple(rules), text, alert), state
+    return Decision(service, now, current, wanted, desired, readings, metric, tuple(rules), text), state
 
 
 def by_hand(state: ScalingState, now: float, count: int) -> ScalingState:
     """After an operator has asked for `count`: it stands for a cooldown, and what was futile is forgotten."""
     return ScalingState(state.since, now, by_hand=True, target=count)
+
+
+def scaling_ineffective(service: Service, state: ScalingState, limits: Limits) -> AlertReading:
+    """What `state` says of the alert of this name: whether scaling up has been given up."""
+    futile = state.futile >= limits.attempts
+    times = "once" if state.futile == 1 else f"{state.futile} times in a row"
+    return AlertReading(
+        rule="scaling_ineffective",
+        subject=service,
+        verdict="bad" if futile else "good",
+        text=f"scaling {service}s up has changed nothing {times}" if state.futile else f"scaling {service}s is open",
+        value=float(state.futile),
+        threshold=float(limits.attempts),
+        service=service,
+    )
 
 
 @dataclass(frozen=True)
@@ -317,22 +331,19 @@ def _with_low(
     return replace(state, low_since=now if state.low_since is None else state.low_since, lows=(*lows, (now, wanted)))
 
 
-def _judged(
-    state: ScalingState, winner: Reading | None, observation: Observation, limits: Limits
-) -> tuple[ScalingState, bool]:
-    """Whether the last scale-up has changed anything, once its cooldown is over; and whether it was the last try."""
+def _judged(state: ScalingState, winner: Reading | None, observation: Observation, limits: Limits) -> ScalingState:
+    """Whether the last scale-up has changed anything, once its cooldown is over."""
     usage = winner.usage.value if winner else None
     if winner is None or usage is None:
-        return state, False
+        return state
     if usage <= limits.up_at:
-        return replace(state, futile=0, attempt=None), False
+        return replace(state, futile=0, attempt=None)
     attempt = state.attempt
     if attempt is None or state.changed is None or observation.now - state.changed < limits.cooldown:
-        return state, False
+        return state
     relieved = winner.usage.metric != attempt.metric or usage < (1 - BETTER) * attempt.usage
     more = _throughput(observation) > (1 + BETTER) * attempt.throughput
-    futile = 0 if relieved or more else state.futile + 1
-    return replace(state, futile=futile, attempt=None), futile == limits.attempts
+    return replace(state, futile=0 if relieved or more else state.futile + 1, attempt=None)
 
 
 def _throughput(observation: Observation) -> float:

@@ -102,14 +102,15 @@ async def serve(settings: MonitorSettings, shutdown: asyncio.Event) -> None:
             log.info("monitor.ready", url=page, instance=instance)
             presence = Presence(service.bus, fleet)
             webhook = _webhook(settings, page)
+            scaler = Scaler(settings, service.bus, sight)
             parts = {
                 "gauges": Monitor(fleet).run(service.bus),
                 "state": keeper.run(),
                 "presence": presence.run(),
-                "alerts": Alerting(settings, service.bus, sight, presence, keeper, webhook).run(),
+                "alerts": Alerting(settings, service.bus, sight, presence, keeper, webhook, scaler.readings).run(),
                 "page": view.run(),
                 "balance": Rebalancer(service.bus, sight, settings).run(),
-                "scaling": Scaler(settings, service.bus, sight).run(),
+                "scaling": scaler.run(),
             }
             if webhook is not None:
                 parts["webhook"] = webhook.run()

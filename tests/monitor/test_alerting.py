@@ -46,11 +46,16 @@ async def server(tmp_path: Path) -> AsyncIterator[Nats]:
 class Monitor:
     """One monitor, in a task of the test."""
 
-    def __init__(self, url: str, instance: str, webhook: str | None = None) -> None:
+    def __init__(self, url: str, instance: str, webhook: str | None = None, **changed: float) -> None:
         self.port = free_port()
         self._shutdown = asyncio.Event()
         chosen = settings(
-            nats_url=url, instance=instance, metrics_port=self.port, stale_seconds=1.5, alert_webhook_url=webhook
+            nats_url=url,
+            instance=instance,
+            metrics_port=self.port,
+            stale_seconds=1.5,
+            alert_webhook_url=webhook,
+            **changed,
         )
         self._task = asyncio.create_task(serve(chosen, self._shutdown), name=instance)
 
@@ -69,8 +74,8 @@ class Monitor:
 
 
 @contextlib.asynccontextmanager
-async def monitoring(url: str, instance: str, webhook: str | None = None) -> AsyncIterator[Monitor]:
-    monitor = Monitor(url, instance, webhook)
+async def monitoring(url: str, instance: str, webhook: str | None = None, **changed: float) -> AsyncIterator[Monitor]:
+    monitor = Monitor(url, instance, webhook, **changed)
     try:
         yield monitor
     finally:
@@ -230,3 +235,20 @@ def test_a_look_that_comes_late_finds_reports_unread() -> None:
     now = settled(hearing)
     assert hearing.judge(now + LATE_SECONDS, 1, own_report_fresh=True)
     assert not hearing.judge(now + 2 * LATE_SECONDS + 0.1, 1, own_report_fresh=True)
+
+
+async def test_what_scaling_has_given_up_is_an_alert_like_any_other(server: Nats) -> None:
+    busy = {"cpu": 0.95, "cores": 1.0}
+    fleet = [router(), *(msgspec.structs.replace(worker(name, 0, 1), model="demo", **busy) for name in "ab")]
+    async with (
+        connected(server.url) as bus,
+        reporting(bus, fleet),
+        monitoring(
+            server.url, "monitor-1", alert_pending_seconds=0, scaling_cooldown_seconds=0, scaling_attempts=1
+        ) as monitor,
+    ):
+        await until_said(bus, ("expert", "scaling_ineffective", "firing"))
+        shown = await monitor.metrics()
+        assert 'moe_alerts{alert="scaling_ineffective",severity="warning",state="firing"} 1.0' in shown
+        fleet[1:] = [msgspec.structs.replace(each, cpu=0.1) for each in fleet[1:]]
+        await until_said(bus, ("expert", "scaling_ineffective", "resolved"))

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.monitor.observations import Observation
-from services.monitor.scaling import Decision, Limits, ScalingState, by_hand, decide
+from services.monitor.rules import Verdict
+from services.monitor.scaling import Decision, Limits, ScalingState, by_hand, decide, scaling_ineffective
 from tests.monitor.fleets import expert, fleet, gateway, router, seen
 
 LIMITS = Limits()
@@ -323,28 +324,33 @@ def test_each_shard_gets_as_many_workers_as_the_others(
 # -- what does not help ------------------------------------------------------------------------------------------------
 
 
-def futile(limits: Limits, tokens: Callable[[int], int], seconds: int = 900) -> list[Decision]:
-    """A load that stays as high however many there are; `tokens` by the count."""
-    state, count, decisions = SETTLED, 2, []
+def futile(limits: Limits, tokens: Callable[[int], int], seconds: int = 900) -> tuple[list[Decision], list[Verdict]]:
+    """A load that stays as high however many there are, `tokens` by the count; and what the alert's readings say."""
+    state, count = SETTLED, 2
+    decisions: list[Decision] = []
+    verdicts: list[Verdict] = []
     for second in range(seconds):
         observation = fleet(float(second), count, 0.95, router(tokens=tokens(count)), gateway())
         decision, state = decide("expert", observation, state, limits)
         count = decision.desired
         decisions.append(decision)
-    return decisions
+        verdicts.append(scaling_ineffective("expert", state, limits).verdict)
+    return decisions, verdicts
 
 
 def test_scale_ups_that_change_nothing_end_with_one_alert() -> None:
-    decisions = futile(LIMITS, lambda _: 1000)
-    assert sum(d.alert for d in decisions) == 1
+    decisions, verdicts = futile(LIMITS, lambda _: 1000)
+    begins = verdicts.index("bad")
+    assert set(verdicts[:begins]) == {"good"}
+    assert set(verdicts[begins:]) == {"bad"}
     assert len(changes(decisions)) == LIMITS.attempts
     assert "ineffective" in rules(decisions[-1])
     assert decisions[-1].desired < LIMITS.most
 
 
 def test_scale_ups_that_a_growing_load_eats_up_go_on() -> None:
-    decisions = futile(LIMITS, lambda count: 500 * count)
-    assert not any(d.alert for d in decisions)
+    decisions, verdicts = futile(LIMITS, lambda count: 500 * count)
+    assert set(verdicts) == {"good"}
     assert decisions[-1].desired == LIMITS.most
 
 
